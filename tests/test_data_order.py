@@ -15,6 +15,7 @@ from toolkit.data.sampling import (
     check_steps,
     epoch_order,
     hash64,
+    limit_to_shards,
     plan_epoch,
     plan_evaluation,
     steps_per_epoch,
@@ -64,6 +65,52 @@ def test_zero_weight_is_never_drawn() -> None:
     weights = np.array([0.0, 1.0, 0.0, 2.0, 0.0])
     drawn = np.concatenate([epoch_order(0, epoch, 5, weights) for epoch in range(200)])
     assert set(drawn.tolist()) == {1, 3}
+
+
+def in_shards(count: int, size: int) -> np.ndarray:
+    """Return the shard of each image: images are drawn into shards at random."""
+    return np.random.default_rng(0).permutation(np.repeat(np.arange(count), size))
+
+
+def test_an_order_limited_to_shards_is_a_function_of_seed_and_epoch() -> None:
+    shards = in_shards(4, 3)
+    # Recorded once, as above.
+    assert limit_to_shards(epoch_order(0, 0, 12), shards, 2, 0, 0).tolist() == [8, 10, 2, 6, 1, 11, 4, 7, 5, 3, 0, 9]
+    orders = [
+        limit_to_shards(epoch_order(seed, epoch, 12), shards, 2, seed, epoch) for seed in (0, 1) for epoch in (0, 1)
+    ]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+@pytest.mark.parametrize("at_once", [1, 10, 99])
+def test_a_batch_is_drawn_from_few_shards_and_mixes_them_everywhere(at_once: int) -> None:
+    """In every tenth of an epoch, two images of a batch of 100 share a shard with a probability of 1 / at_once."""
+    shards = in_shards(100, 100)
+    order = shards[limit_to_shards(epoch_order(0, 0, 10_000), shards, at_once, 0, 0)].reshape(100, 100)
+    counts = np.stack([np.bincount(batch, minlength=100) for batch in order])
+    assert (counts > 0).sum(1).max() <= at_once + 3
+    share = ((counts * (counts - 1)).sum(1) / (100 * 99)).reshape(10, 10).mean(1)
+    assert np.abs(share * at_once - 1).max() < 0.35
+
+
+def test_each_shard_is_needed_for_one_stretch_of_an_epoch() -> None:
+    """A cache of 12 shards, the least recently used removed, fetches 100 shards about 100 + 10 times in an epoch."""
+    shards, cache, fetches = in_shards(100, 100), dict[int, None](), 0
+    for shard in shards[limit_to_shards(epoch_order(0, 0, 10_000), shards, 10, 0, 0)].tolist():
+        fetches += shard not in cache
+        cache.pop(shard, None)
+        cache[shard] = None
+        if len(cache) > 12:
+            del cache[next(iter(cache))]
+    assert fetches <= 120
+
+
+def test_an_order_over_all_shards_is_uniformly_random() -> None:
+    """Chi-squared over 6,000 epochs of 6 images in 3 shards, as above."""
+    shards = np.array([0, 1, 2, 0, 1, 2])
+    first = [int(limit_to_shards(epoch_order(0, e, 6), shards, 3, 0, e)[0]) for e in range(6000)]
+    assert ((np.bincount(first, minlength=6) - 1000) ** 2 / 1000).sum() < 20.5
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

@@ -22,8 +22,10 @@ from pyarrow import parquet
 from trainers import Trainers, at_call, kill_self, outcome
 
 from toolkit.data.dataset_report import analyze_dataset
+from toolkit.data.shard_pack import pack
 from toolkit.errors import UserError
 from toolkit.recipe import load_recipe
+from toolkit.recipe.schema import DataConfig
 from toolkit.report.run_data import load_run_data
 from toolkit.report.run_images import open_run_images
 from toolkit.runs import Run, open_run
@@ -154,10 +156,26 @@ def from_hugging_face(images: Path, folder: Path) -> str:
     return saved_data_set(rows_of(images), images, folder)
 
 
+def from_shards(images: Path, folder: Path) -> str:
+    return shards_of(images, folder, str(folder / "shards"))
+
+
+def from_url(images: Path, folder: Path) -> str:
+    return shards_of(images, folder, f"file://{folder}/shards")
+
+
+def shards_of(images: Path, folder: Path, root: str) -> str:
+    data = DataConfig(dataset="imagefolder", root=str(images))
+    pack(data, folder / "shards", 40_000, lambda text: None)
+    return f'dataset = "shards"\nroot = {json.dumps(root)}'
+
+
 SOURCES: dict[str, Callable[[Path, Path], str]] = {
     "csv": from_csv,
     "json_lines": from_json_lines,
     "parquet": from_parquet,
+    "shards": from_shards,
+    "url": from_url,
     "torchvision": from_torchvision,
     "zip": from_zip,
     "roots": from_roots,
@@ -225,7 +243,7 @@ def test_a_source_gives_the_same_run_as_folders(
     pictures = open_run_images(run.recipe, shown.preprocessing, shown.classes)
     for row in run.predictions():
         content = images.joinpath(*Path(row["path"]).parts[-3:]).with_suffix(".png")  # split, class, file
-        assert np.array_equal(np.asarray(pictures.load(row["path"]).convert("L")), np.asarray(Image.open(content)))
+        assert np.array_equal(pictures.load(row["path"])[..., 0], np.asarray(Image.open(content)))
 
 
 def test_a_report_shows_the_images_of_a_table(images: Path, tmp_path: Path) -> None:
@@ -235,17 +253,19 @@ def test_a_report_shows_the_images_of_a_table(images: Path, tmp_path: Path) -> N
     assert "not available" not in reported.stderr
 
 
-def test_photographs_give_the_same_run_from_their_folder_and_tables(caltech_subset: Path, tmp_path: Path) -> None:
-    """Compare Caltech-101 with its official lists, a CSV file, and the photographs in Parquet and in Arrow files."""
+def test_photographs_give_the_same_run_from_every_source(caltech_subset: Path, tmp_path: Path) -> None:
+    """Compare Caltech-101 with its official lists, a CSV file, and the photographs in Parquet, Arrow and tar files."""
     home = caltech_subset / "caltech101"
     photographs = home / "101_ObjectCategories"
     listed = [(path, split) for split in ("train", "test") for path in (home / f"{split}.txt").read_text().split()]
     rows = [(path, path.partition("/")[0], split) for path, split in listed if (photographs / path).is_file()]
+    pack(DataConfig(dataset="caltech101", root=str(caltech_subset)), tmp_path / "packed", 2**20, lambda text: None)
     data = {
         "folder": f'dataset = "caltech101"\nroot = {json.dumps(str(caltech_subset))}',
         "csv": f"{csv_table(rows, tmp_path)}\nroot = {json.dumps(str(photographs))}",
         "parquet": parquet_table(rows, photographs, tmp_path),
         "hugging_face": saved_data_set(rows, photographs, tmp_path),
+        "shards": f'dataset = "shards"\nroot = {json.dumps(str(tmp_path / "packed"))}',
     }
     found: dict[str, dict[str, Any]] = {}
     for source, lines in data.items():

@@ -69,6 +69,7 @@ ELSEWHERE = {
     r"toolkit table .*--compare .*": "test_study_table.py::test_two_rows_are_compared_over_their_common_seeds",
     r"toolkit table .*--out-of-fold .*": "test_study_folds.py::test_each_image_is_predicted_once_out_of_its_fold",
     r"toolkit table runs/digits-bohb --figures": "test_study_table.py::test_trials_are_listed_with_the_best_first",
+    r"toolkit pack .*": "test_data_shards.py::test_the_command_packs_and_reports",
     r"toolkit data recipes/.*": "test_cli_data.py::test_",
     r"toolkit data .*--write-table.*": "test_write_table.py::test_",
     r"toolkit explain .*": "test_explain.py::test_",

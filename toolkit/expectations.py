@@ -83,7 +83,7 @@ def different_conditions(recipe: Recipe, stated: Recipe | None = None) -> str:
         return ""
     now, then = (dict(leaves(resolved_content(one))) for one in (recipe, stated))
     paths = [tuple(key.split(".")) for key in CONDITIONS]
-    if {"imagefolder", "table"} & {recipe.data.dataset, stated.data.dataset}:
+    if {"imagefolder", "table", "shards"} & {recipe.data.dataset, stated.data.dataset}:
         paths += [("data", "root"), ("data", "table")]
     now[("data", "args")], then[("data", "args")] = recipe.data.args, stated.data.args
     changed = [path for path in paths if now.get(path) != then.get(path)]

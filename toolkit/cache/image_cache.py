@@ -22,7 +22,7 @@ from toolkit.cache.distributed import DistributedCache, EntryBuilder, Work, fold
 from toolkit.cache.memory_budget import MEMORY_SHARE, available_memory, copy_to_device, gib
 from toolkit.cache.store import CacheEntryWriter
 from toolkit.data.dataloader import DataWorkerPool
-from toolkit.data.image_sources import ImageSource, InMemoryImages
+from toolkit.data.image_sources import ImageSource, InMemoryImages, in_stored_order
 from toolkit.data.pipeline import PreprocessingPlan
 from toolkit.data.sampling import IntArray
 from toolkit.distributed.cpu_count import available_cpus
@@ -153,11 +153,12 @@ class SplitImages:
         def fill(writer: CacheEntryWriter) -> Work:
             setup.display.log(f"{title}: {count:,} images into {folder_of(writer.target.parent)}")
             dataset = DecodingDataset(setup.dataset.images, part, writer)
+            indices = in_stored_order(setup.dataset.images, part.indices)
             pool = DataWorkerPool(dataset, workers if count > 4 * BLOCK else 0, pin_memory=False)
             decoded: list[DecodedBlock] = []
             try:
                 with setup.display.bar(title, count) as bar:
-                    for answer in pool.answers(np.array_split(part.indices, -(-count // BLOCK))):
+                    for answer in pool.answers(np.array_split(indices, -(-count // BLOCK))):
                         decoded.append(answer)
                         bar.advance(len(answer.indices))
                         yield

@@ -51,7 +51,7 @@ ABANDONED_S = 600
 
 DIGEST = hashlib.sha256().digest_size
 _PAGE = 4096
-_ENTRY = re.compile("(images|features|encoded)-[0-9a-f]{32}")
+_ENTRY = re.compile("(images|features|encoded|shards)-[0-9a-f]{32}")
 _LEFTOVER = re.compile(rf"\.{_ENTRY.pattern}-\d+-[0-9a-f]{{8}}")
 _verified: dict[Path, tuple[int, int, int]] = {}
 """Data files verified by this process: inode, modification time in ns and size at that time."""
@@ -205,9 +205,7 @@ class CacheEntryWriter:
         arrays: dict[str, Any] = {"blocks": np.array(blocks, dtype=np.int64), **tables}
         size = (self.folder / "data.bin").stat().st_size
         whole = {"format": FORMAT, "bytes": size, "made": time.time(), **facts}
-        content = io.BytesIO()
-        np.savez(content, facts=np.array(json.dumps(whole)), **arrays)
-        (self.folder / "entry.npz").write_bytes(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
+        (self.folder / "entry.npz").write_bytes(_content(whole, arrays))
         try:
             os.rename(self.folder, self.target)
         except OSError:
@@ -220,6 +218,20 @@ class CacheEntryWriter:
     def discard(self) -> None:
         """Remove the temporary folder, unless the entry was published."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _content(facts: Mapping[str, Any], arrays: Mapping[str, Any]) -> bytes:
+    """Return the content of entry.npz."""
+    content = io.BytesIO()
+    np.savez(content, facts=np.array(json.dumps(facts)), **arrays)
+    return content.getvalue() + hashlib.sha256(content.getvalue()).digest()
+
+
+def describe_folder(folder: Path, facts: Mapping[str, Any]) -> None:
+    """List a folder of other files as an entry, last used now. ``facts``: kind, data, images, what. Raises OSError."""
+    partial = folder / f".entry-{os.getpid()}.part"
+    partial.write_bytes(_content({"format": FORMAT, "bytes": 0, "made": time.time(), **facts}, {}))
+    os.replace(partial, folder / "entry.npz")
 
 
 def try_lock(root: Path, name: str) -> Lock | None:
@@ -265,7 +277,7 @@ class CacheEntryInfo:
 
     name: str
     kind: str
-    """Kind of the cached data: ``images``, ``features`` or ``encoded`` (images copied from a Parquet file)."""
+    """``images``, ``features``, ``encoded`` (copied from a Parquet file) or ``shards`` (fetched ones, and indexes)."""
     data: str
     """Name of the data set."""
     images: int

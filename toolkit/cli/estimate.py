@@ -1,4 +1,4 @@
-"""The plan, data and doctor commands: checks before training."""
+"""The plan, data, pack and doctor commands: what comes before training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from toolkit.cli.errors import command
 from toolkit.cli.options import AsJson, Overrides, RecipePath, load_recipe
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
+from toolkit.formatting import plural
 
 
 @command
@@ -88,6 +89,32 @@ def data(
         print(report_text(report))
         for file in files:
             print(file)
+
+
+@command
+def pack(
+    recipe: RecipePath,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to create, or an empty one.")],
+    shard_size: Annotated[float, typer.Option(min=0.02, metavar="MIB", help="Largest size of a shard, in MiB.")] = 256,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a recipe's images into shards.
+
+    Shards are tar files in WebDataset's form, with an index. All images of the data set are packed, with labels,
+    official lists, groups and weights; their bytes do not change. data.dataset = "shards" trains on them.
+
+    Example: toolkit pack recipes/resnet50_caltech.toml shards/caltech101
+    """
+    loaded = load_recipe(recipe, set_)
+    from toolkit.data.shard_pack import pack as pack_images
+
+    index = pack_images(loaded.recipe.data, folder, int(shard_size * 2**20), lambda text: print(text, file=sys.stderr))
+    images, shards, size = len(index.shard), len(index.shards), sum(shard.size for shard in index.shards)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "images": images, "shards": shards, "bytes": size}, indent=2))
+    else:
+        print(f"{images:,} images in {plural(shards, 'shard')}, {size / 2**20:,.1f} MiB, in {folder}")
 
 
 @command

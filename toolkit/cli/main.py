@@ -13,7 +13,7 @@ import typer
 from toolkit.cli.bench import bench
 from toolkit.cli.cache import cache
 from toolkit.cli.errors import command
-from toolkit.cli.estimate import data, doctor, plan
+from toolkit.cli.estimate import data, doctor, pack, plan
 from toolkit.cli.export import export, publish, sync
 from toolkit.cli.inference import evaluate, explain, predict
 from toolkit.cli.list_names import datasets, models, optimizers, transforms
@@ -42,7 +42,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 COMMANDS = (
-    train, validate, show, diff, plan, data, models, transforms, optimizers, datasets, doctor, bench, cache,
+    train, validate, show, diff, plan, data, pack, models, transforms, optimizers, datasets, doctor, bench, cache,
     submit, status, logs, cancel, study, table, report, evaluate, predict, explain, export, publish, sync,
 )  # fmt: skip
 for function in COMMANDS:

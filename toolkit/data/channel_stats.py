@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.augment.transforms import ImageTransform, resize_and_crop
-from toolkit.data.image_sources import MODES, ImageSource, Pixels, as_image
+from toolkit.data.image_sources import MODES, ImageSource, Pixels, as_image, in_stored_order
 from toolkit.data.preprocessing import SMALL_IMAGE, Preprocessing
 from toolkit.distributed.cpu_count import available_cpus
 
@@ -34,7 +34,7 @@ def channel_statistics(
 
     if threads is None:  # threads slow down the decoding of small images by half (measured)
         threads = 1 if max(preprocessing.image_size) <= SMALL_IMAGE else available_cpus()
-    chunks = np.array_split(indices, max(1, -(-len(indices) // 256)))
+    chunks = np.array_split(in_stored_order(images, indices), max(1, -(-len(indices) // 256)))
     with ThreadPoolExecutor(threads) as pool:
         counts = sum(pool.map(count_values, chunks), np.zeros((preprocessing.channels, 256), dtype=np.int64))
     values = np.arange(256)

@@ -140,6 +140,16 @@ DATASETS = {
         source="data.table, and the image files it names",
         opener="toolkit.data.table_source.open_table",
     ),
+    "shards": DatasetInfo(
+        title="the author's own images",
+        description="your own images in tar files, as toolkit pack and WebDataset write them",
+        classes=None,
+        images=None,
+        size=None,
+        channels=3,
+        source="data.root, a folder or a URL such as s3://bucket/images",
+        opener="toolkit.data.shard_source.open_shards",
+    ),
 }
 """Data sets by their name in ``data.dataset``."""
 

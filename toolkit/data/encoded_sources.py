@@ -63,12 +63,26 @@ class PackedStrings:
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
-        self._buffer, self._ends = bytearray(), array("q", [0])
+        self._buffer: bytearray | npt.NDArray[np.uint8] = bytearray()
+        self._ends: array[int] | npt.NDArray[np.int64] = array("q", [0])
         for string in strings:
             self.append(string)
 
+    @classmethod
+    def from_arrays(cls, buffer: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64]) -> PackedStrings:
+        """Return the strings whose arrays these are, without copying them; nothing can be appended."""
+        strings = cls()
+        strings._buffer, strings._ends = buffer, ends
+        return strings
+
+    def arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """Return the bytes of all strings, uint8, and where each string begins and ends in them, int64 [N + 1]."""
+        return np.frombuffer(self._buffer, dtype=np.uint8), np.frombuffer(self._ends, dtype=np.int64)
+
     def append(self, string: str) -> None:
         """Add a string at the end."""
+        assert isinstance(self._buffer, bytearray)
+        assert isinstance(self._ends, array)
         self._buffer += os.fsencode(string)
         self._ends.append(len(self._buffer))
 

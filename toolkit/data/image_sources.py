@@ -399,11 +399,17 @@ def to_pixels(image: Image.Image, channels: int) -> Pixels:
     return as_pixels(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
 
 
+def in_stored_order(images: ImageSource, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return indices sorted by the shard that holds the image, so that shards are read one after the other."""
+    stored_in = getattr(getattr(images, "source", None), "stored_in", None)
+    return indices if stored_in is None else indices[np.argsort(stored_in[indices], kind="stable")]
+
+
 class ImageCheckResult(NamedTuple):
     """Result of :func:`check_images`."""
 
     bad: list[tuple[int, str]]
-    """Index and reason of each unreadable image, in the given order."""
+    """Index and reason of each unreadable image, in the given order, or in that of the shards that hold them."""
     extents: list[Extent]
     """Range of values of the images with more than 8 bits per sample, one per kind; empty if a range is set."""
 
@@ -422,8 +428,9 @@ def check_images(
     every image, and so finds every image that would fail in training. ``threads`` defaults to the number of available
     CPUs. ``progress`` is called with the number of images checked so far, once per 1,024 images.
     """
-    if not isinstance(images, EncodedImages):
+    if not isinstance(images, EncodedImages) or (getattr(images.source, "is_checked", False) and not decode):
         return ImageCheckResult([], [])
+    indices = in_stored_order(images, indices)
 
     def check_one(i: int) -> Extent | str | None:
         try:

@@ -29,6 +29,8 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
 _ORDER_STREAM = 0x6F72646572
 """Key constant that makes the order independent of all other random numbers with the same seed ("order" in ASCII)."""
+_SHARD_STREAM = 0x736861726473
+"""The same for the order of shards ("shards" in ASCII)."""
 
 
 def hash64(*key: int) -> int:
@@ -78,6 +80,23 @@ def epoch_order(seed: int, epoch: int, size: int, weights: npt.NDArray[np.float6
     points = keyed_uniform(size, _ORDER_STREAM, seed, epoch) * cumulative[-1]
     drawn: IntArray = np.searchsorted(cumulative, points, side="right").clip(max=size - 1).astype(np.int64)
     return drawn
+
+
+def limit_to_shards(order: IntArray, shards: IntArray, at_once: int, seed: int, epoch: int) -> IntArray:
+    """Reorder an epoch so that any part of it needs the images of only about ``at_once`` shards: int64 [size].
+
+    ``order``: positions in random order, :func:`epoch_order`. ``shards``: shard of each position, int64 [size].
+
+    The shards take turns in a random order, and the images of each are spread evenly over ``at_once`` turns, the last
+    ones continuing at the start of the epoch. So two images of a batch are from the same shard with a probability of
+    about 1 / ``at_once``, everywhere in the epoch, and all shards but ``at_once`` are needed for one stretch of it. If
+    ``at_once`` is the number of all shards, the order is uniformly random.
+    """
+    numbers, own = np.unique(shards, return_inverse=True)
+    turns = keyed_permutation(len(numbers), _SHARD_STREAM, seed, epoch)[own[order]]
+    late = keyed_uniform(len(order), _SHARD_STREAM, seed, epoch, 1) * min(at_once, len(numbers))
+    limited: IntArray = order[np.argsort((turns + late) % len(numbers), kind="stable")]
+    return limited
 
 
 def balanced_weights(labels: IntArray) -> npt.NDArray[np.float64]:
@@ -185,6 +204,9 @@ class SamplingPlan:
     """Sampling weights, see :func:`epoch_order`; None: every image once per epoch."""
     views: int | None = None
     """Number of different augmented versions of each image; None: a new one each time."""
+    shards: IntArray | None = None
+    """Shard of each position, int64 [size], if the order is limited to some at a time, :func:`limit_to_shards`."""
+    shards_at_once: int = 1
 
     @property
     def steps(self) -> int:
@@ -198,6 +220,8 @@ class SamplingPlan:
         itself if every image occurs once, else ``size`` plus the index in the epoch's order.
         """
         order = epoch_order(self.seed, epoch, self.size, self.weights)
+        if self.shards is not None:
+            order = limit_to_shards(order, self.shards, self.shards_at_once, self.seed, epoch)
         micro_batches = plan_epoch(
             self.size,
             batch_size=self.batch_size,

@@ -132,12 +132,16 @@ def data(recipe: Recipe) -> Iterator[Issue]:
     if table.class_folders != "auto" and table.dataset != "imagefolder":
         yield warning("data.class_folders", no_effect, "data.dataset", at="key")
     users = {"table": ("table",), **dict.fromkeys(("name", "args"), ("torchvision", "huggingface"))}
-    users |= dict.fromkeys(("columns", "class_names", "label_separator"), ("table", "huggingface"))
+    users |= dict.fromkeys(("columns", "class_names", "label_separator"), ("table", "huggingface", "shards"))
+    users |= dict.fromkeys(("shuffle_shards", "cache_limit"), ("shards",))
     for key, names in users.items():
         if table.dataset not in names and getattr(table, key) != DataConfig.model_fields[key].default:
             yield warning(f"data.{key}", no_effect, "data.dataset", at="key")
     if table.dataset == "table":
         yield from _table(table)
+    if table.cache_limit is not None and table.dataset == "shards" and "://" not in table.root_folder:
+        text = "has no effect with shards in a folder; it is for shards that are fetched from a URL"
+        yield warning("data.cache_limit", text, "data.root", at="key")
 
 
 def _table(table: DataConfig) -> Iterator[Issue]:

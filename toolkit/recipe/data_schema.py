@@ -134,7 +134,8 @@ class DataConfig(ConfigModel):
         "data",
         description="Data folder; `digits` does not need one. imagefolder: also a zip file, a tar file without "
         "compression, or a list of folders and such files, whose images are joined. table: the paths of images are "
-        "relative to it; default: the table's own folder.",
+        "relative to it; default: the table's own folder. shards: a folder or a URL (s3://, gs://, hf://, "
+        "https://, ...).",
     )
     table: str | None = Field(
         None,
@@ -142,17 +143,37 @@ class DataConfig(ConfigModel):
         description="table: file with one row per image, .csv, .tsv, .jsonl or .parquet, with its columns named in "
         "[data.columns].",
     )
-    columns: ColumnsConfig = Field(ColumnsConfig(), description="table: which columns are read.")
+    columns: ColumnsConfig = Field(
+        ColumnsConfig(),
+        description="table: which columns are read. shards without an index: which keys of their JSON files are.",
+    )
     class_names: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=2)] | None = Field(
         None,
-        description="table: names of the classes in their order, as a list or a text file with one per line; labels "
-        "are these names, or their indices from 0. Default: the labels that occur, sorted.",
+        description="table, shards without an index: names of the classes in their order, as a list or a text file "
+        "with one per line; labels are these names, or their indices from 0. Default: the labels that occur, sorted.",
     )
     label_separator: str | None = Field(
         None,
         min_length=1,
         max_length=10,
-        description='table: separates the labels of an image, as in "cat;dog", and makes the data set multi-label.',
+        description='table, shards without an index: separates the labels of an image, as in "cat;dog", and makes the '
+        "data set multi-label.",
+    )
+    shuffle_shards: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="shards: draw each batch from about this number of shards at a time, so that shards can be fetched "
+        "one after the other; 10 is usual. Default: from all, which needs all of them in the cache folder or in "
+        "data.root.",
+        json_schema_extra={"unit": "shards"},
+    )
+    cache_limit: float | None = Field(
+        None,
+        gt=0,
+        description="shards at a URL: most space in the cache folder for those of this data set. Default: half of the "
+        "free disk.",
+        json_schema_extra={"unit": "GiB"},
     )
     download: bool = Field(True, description="Download the data if it is missing and a download is available.")
     split: SplitConfig = Field(

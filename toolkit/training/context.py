@@ -22,12 +22,14 @@ from toolkit.data.preprocessing import (
     training_stages,
 )
 from toolkit.data.sampling import check_steps, steps_per_epoch
+from toolkit.data.shard_source import check_reading_order
 from toolkit.data.splits import SPLITS, check_splits, describe_splits, split_dataset, split_hash
 from toolkit.data.value_range import choose_range, describe_range
 from toolkit.distributed.cpu_count import available_cpus
 from toolkit.distributed.process import broadcast_object, local_processes, main_first
 from toolkit.errors import UserError
 from toolkit.formatting import batch_split, plural
+from toolkit.hashing import json_hash
 from toolkit.models.build import ModelBundle, build_model, check_sizes, expected_input
 from toolkit.models.keyed_dropout import DropoutKeys, key_dropout_layers
 from toolkit.models.transfer import Transfer, apply_transfer, layer_group_table
@@ -70,6 +72,19 @@ class TrainingContext:
         labels: np.ndarray = self.dataset.labels[self.splits[split]]
         return labels
 
+    def shards(self, split: str) -> np.ndarray | None:
+        """Return the shard of each image of a split, int64 [N], if data.shuffle_shards limits how many are in use."""
+        stored_in = getattr(getattr(self.dataset.images, "source", None), "stored_in", None)
+        if stored_in is None or self.recipe.data.shuffle_shards is None:
+            return None
+        shards: np.ndarray = stored_in[self.splits[split]].astype(np.int64)
+        return shards
+
+    def shard_order(self, split: str) -> np.ndarray | None:
+        """Return the positions of a split in the order of their shards, int64 [N], if :meth:`shards` gives them."""
+        shards = self.shards(split)
+        return None if shards is None else np.argsort(shards, kind="stable")
+
     def has(self, split: str) -> bool:
         """Return whether a split has images; validation and test may be empty."""
         return len(self.splits[split]) > 0
@@ -78,7 +93,10 @@ class TrainingContext:
     def batches_key(self) -> list[str | int | bool]:
         """Everything that determines an epoch's batches; resuming within an epoch requires that it is unchanged."""
         train, seed = self.recipe.train, self.recipe.recipe.seed
-        return [split_hash(self.dataset, self.splits), seed, train.batch_size, train.drop_last, train.sampling]
+        key: list[str | int | bool]
+        key = [split_hash(self.dataset, self.splits), seed, train.batch_size, train.drop_last, train.sampling]
+        shards = self.shards("train")
+        return key if shards is None else [*key, json_hash([self.recipe.data.shuffle_shards, shards.tolist()])]
 
     @property
     def steps(self) -> int:
@@ -157,6 +175,7 @@ def _open_images(
     data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     dataset = main_first(accelerator, lambda: open_dataset(data))
     check_labels(dataset, recipe.task.kind)
+    check_reading_order(dataset, data)
     splits = split_dataset(dataset, recipe.data)
     if dataset.is_multi_label:
         check_label_splits(dataset, splits)

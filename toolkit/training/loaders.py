@@ -130,7 +130,8 @@ class DataLoaders:
         shares = [plan_evaluation(count, size, world, rank) for rank in range(world)]
         mine, rounds = shares[accelerator.process_index], max(len(share) for share in shares)
         if rows is None:
-            return self.images.evaluation(split, mine), rounds
+            order = self.setup.shard_order(split)
+            return self.images.evaluation(split, mine if order is None else [order[batch] for batch in mine]), rounds
         return EvaluationLoader(TensorBatches(rows, self.setup.labels(split)), mine), rounds
 
     def close(self) -> None:
@@ -214,6 +215,8 @@ def _plan(setup: TrainingContext) -> SamplingPlan:
         mixing=is_mixed(setup.recipe.augment),
         weights=balanced_weights(setup.labels("train")) if table.sampling == "balanced" else None,
         views=setup.recipe.data.fixed_views,
+        shards=setup.shards("train"),
+        shards_at_once=setup.recipe.data.shuffle_shards or 1,
     )
 
 

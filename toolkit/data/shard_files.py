@@ -1,0 +1,216 @@
+"""Reading bytes from shards: tar files in a folder, or fetched from a URL into a folder of bounded size.
+
+fsspec's own caches (``filecache``, ``simplecache``) neither limit their size nor lock between processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from toolkit.data.shard_index import Shard
+from toolkit.errors import UserError, first_line
+from toolkit.locks import held, is_held
+
+KEPT_OPEN = 256
+"""Number of local shards that stay open in each process; others are opened for each image."""
+
+PAUSES_S = (1.0, 5.0)
+"""Seconds before the second and the third attempt to fetch a shard."""
+
+
+class LocalShards:
+    """Shards in a folder; data workers and threads read at the same time."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
+        """Raises UserError if a shard is missing or does not have its size."""
+        self.folder, self.shards = folder, shards
+        self._open: dict[int, BinaryIO] = {}
+        for shard in shards:
+            try:
+                size = os.stat(folder / shard.name).st_size
+            except OSError as error:
+                raise UserError(f"the shard {folder / shard.name} cannot be read: {error.strerror}") from None
+            if size != shard.size:
+                raise UserError(
+                    f"the shard {folder / shard.name} has {size:,} bytes instead of {shard.size:,}: it was cut short "
+                    "or replaced; copy it again"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the open files, which cannot be sent to another process."""
+        return {**self.__dict__, "_open": {}}
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """Return bytes of a shard, fewer at its end. Raises OSError."""
+        file = self._open.get(number)
+        if file is None:
+            file = self.open(number)
+            if len(self._open) < KEPT_OPEN:
+                file = self._open.setdefault(number, file)  # another thread may have opened it as well
+        return os.pread(file.fileno(), size, offset)
+
+    def open(self, number: int) -> BinaryIO:
+        """Open a shard. Raises OSError."""
+        return open(self.folder / self.shards[number].name, "rb", buffering=0)
+
+    def location(self, number: int) -> str:
+        """Return the path of a shard, for messages."""
+        return str(self.folder / self.shards[number].name)
+
+
+class FetchedShards:
+    """Shards that are fetched from a URL as a whole when they are first needed, and kept in a folder.
+
+    Processes share the folder. A shard is fetched by one of them, under a lock, and appears in the folder only after
+    its size and checksum were compared. The shards that were not used for the longest time make room for others; a
+    process that is reading from a removed one still has it open.
+    """
+
+    def __init__(self, url: str, shards: Sequence[Shard], folder: Path, limit: int | None) -> None:
+        """``limit``: most bytes in the folder; None: half of what is free without them."""
+        self.url, self.shards, self.folder, self._limit = url.rstrip("/"), shards, folder, limit
+
+    @property
+    def limit(self) -> int:
+        """Most bytes of shards that the folder may hold."""
+        if self._limit is not None:
+            return self._limit
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = sum(state.st_size for _, state in _files(self.folder, "*.tar"))
+        return (shutil.disk_usage(self.folder).free + kept) // 2
+
+    def path(self, number: int) -> Path:
+        """Return where a shard is kept; the name changes with its content."""
+        shard = self.shards[number]
+        return self.folder / f"{shard.sha256[:16] or shard.size}-{shard.name}"
+
+    def location(self, number: int) -> str:
+        """Return the URL of a shard, for messages."""
+        return f"{self.url}/{self.shards[number].name}"
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """Return bytes of a shard, fewer at its end. Raises OSError, with EIO if it cannot be fetched."""
+        with self.open(number) as file:
+            os.utime(file.fileno())  # the time of last use
+            return os.pread(file.fileno(), size, offset)
+
+    def open(self, number: int) -> BinaryIO:
+        """Open a shard, fetched if necessary. Raises OSError, with EIO if it cannot be fetched."""
+        path = self.path(number)
+        with contextlib.suppress(FileNotFoundError):
+            return open(path, "rb", buffering=0)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with held(_lock(path)):
+            with contextlib.suppress(FileNotFoundError):  # fetched by another process meanwhile
+                return open(path, "rb", buffering=0)
+            partial = path.with_name(f".{path.name}.part")
+            with held(self.folder / "room.lock"):
+                self._make_room(self.shards[number].size)
+                partial.touch()
+            try:
+                self._fetch(number, partial)
+                # Opened first, because it may be removed as soon as it has its name.
+                file = open(partial, "rb", buffering=0)  # noqa: SIM115
+                os.replace(partial, path)
+                return file
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def _fetch(self, number: int, path: Path) -> None:
+        """Fetch a shard to ``path`` and compare it. Raises OSError with EIO after three attempts."""
+        for pause in (*PAUSES_S, None):
+            try:
+                filesystem, source = open_url(self.location(number))
+                filesystem.get_file(source, str(path))
+                fault = _difference(path, self.shards[number])
+            except Exception as error:  # each file system has its own exceptions
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                fault = first_line(error)
+            if not fault:
+                return
+            if pause is None:
+                raise OSError(errno.EIO, fault)
+            time.sleep(pause)
+
+    def _make_room(self, size: int) -> None:
+        """Remove the shards unused for the longest time until ``size`` more bytes fit; needs the lock of the folder.
+
+        Shards that are being fetched count with their whole size.
+        """
+        sizes = {f".{self.path(number).name}.part": shard.size for number, shard in enumerate(self.shards)}
+        limit, used = self.limit, 0
+        for path, state in _files(self.folder, ".*.part"):
+            if is_held(_lock(self.folder / path.name[1:-5])):
+                used += sizes.get(path.name, state.st_size)
+            else:
+                path.unlink(missing_ok=True)  # left by a process that was killed
+        kept = sorted(_files(self.folder, "*.tar"), key=lambda item: item[1].st_mtime_ns)
+        used += sum(state.st_size for _, state in kept)
+        for path, state in kept:
+            if used + size <= limit:
+                return
+            path.unlink(missing_ok=True)
+            used -= state.st_size
+
+
+ShardFiles = LocalShards | FetchedShards
+
+
+def open_url(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system of a URL and the path in it.
+
+    Called anew in each process and for each shard: file systems that use asyncio must not be used after a fork.
+    """
+    import fsspec
+
+    filesystem, path = fsspec.url_to_fs(url)
+    return filesystem, str(path)
+
+
+@contextlib.contextmanager
+def url_errors(url: str) -> Iterator[None]:
+    """Turn the exceptions of any file system into UserError."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"data.root = {url!r} needs a package that is not installed: {first_line(error)}; "
+            "this toolkit's extra `remote` has those for s3://, gs:// and https://"
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"data.root = {url!r} cannot be reached: {first_line(error)}") from error
+
+
+def _difference(path: Path, shard: Shard) -> str:
+    """Return how a fetched file differs from its shard; "" if it is the same."""
+    size = path.stat().st_size
+    if size != shard.size:
+        return f"{size:,} of {shard.size:,} bytes arrived: the shard was cut short, or replaced"
+    if shard.sha256:
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                return "its checksum differs from the index: the shard is damaged, or was replaced"
+    return ""
+
+
+def _files(folder: Path, pattern: str) -> list[tuple[Path, os.stat_result]]:
+    found = []
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            found.append((path, path.stat()))
+    return found
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")

@@ -1,0 +1,196 @@
+"""Data sets in shards: tar files as WebDataset writes them, in a folder or at a URL."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from toolkit.cache.store import cache_root, content_key, describe_folder
+from toolkit.data.datasets import Dataset, encoded_images
+from toolkit.data.image_sources import EncodedImages, check_images
+from toolkit.data.shard_files import FetchedShards, LocalShards, ShardFiles, open_url, url_errors
+from toolkit.data.shard_index import INDEX_NAME, Shard, ShardIndex
+from toolkit.data.shard_scan import scan
+from toolkit.errors import UserError
+from toolkit.filenames import encode_name
+from toolkit.recipe.schema import DataConfig
+
+
+@dataclass(frozen=True, eq=False)
+class ShardImages:
+    """Encoded images in shards; an :class:`toolkit.data.encoded_sources.EncodedSource`."""
+
+    index: ShardIndex
+    files: ShardFiles
+
+    @property
+    def stored_in(self) -> npt.NDArray[np.int32]:
+        """Number of the shard that holds each image, int32 [N]."""
+        return self.index.shard
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether all images were checked when the index was written."""
+        return self.index.is_checked
+
+    def __len__(self) -> int:
+        return len(self.index.shard)
+
+    def open(self, i: int) -> BinaryIO:
+        """Return the bytes of image i as a file in memory. Raises OSError, and EOFError if the shard is too short."""
+        offset, size = int(self.index.offset[i]), int(self.index.size[i])
+        data = self.files.read(int(self.index.shard[i]), offset, size)
+        if len(data) < size:
+            raise EOFError(f"{self.location(i)} ends before this image: it was cut short")
+        return io.BytesIO(data)
+
+    def name(self, i: int) -> str:
+        """Return the name that image i had when it was packed; else SHARD/MEMBER."""
+        return self.index.names[i]
+
+    def location(self, i: int) -> str:
+        """Return the path or URL of the shard."""
+        return encode_name(self.files.location(int(self.index.shard[i])))
+
+    def size_and_version(self, i: int) -> tuple[int, int]:
+        """Return what the index says."""
+        return int(self.index.size[i]), int(self.index.version[i])
+
+
+def open_shards(config: DataConfig) -> Dataset:
+    """Open shards with the index of `toolkit pack`; without it their headers are read once. Raises UserError."""
+    is_local = "://" not in config.root_folder
+    try:
+        source = _open_local(config) if is_local else _open_url(config)
+    except OSError as error:
+        raise UserError(
+            f"the shards in {config.root_folder} cannot be used: {error.strerror or error} ({error.filename}); if this "
+            "is the cache folder, TOOLKIT_CACHE names another one"
+        ) from error
+    index = source.index
+    if len(index.classes) < 2:
+        raise UserError(f"{config.root_folder} has only the class {index.classes[0]!r}; a classifier needs two or more")
+    return Dataset(
+        name="shards",
+        classes=index.classes,
+        images=encoded_images(source, config),
+        labels=index.labels,
+        lists=index.lists,
+        native_size=index.native_size,
+        native_channels=index.native_channels,
+        notes=(f"{config.root_folder}: {len(source):,} images in {len(index.shards)} shards",),
+        groups=index.groups,
+        weights=index.weights,
+    )
+
+
+def check_reading_order(dataset: Dataset, config: DataConfig) -> None:
+    """Raise UserError if training would fetch every shard again and again, because only a part of them can be kept."""
+    files = getattr(getattr(dataset.images, "source", None), "files", None)
+    if not isinstance(files, FetchedShards):
+        return
+    sizes = sorted((shard.size for shard in files.shards), reverse=True)
+    whole, limit = sum(sizes), files.limit
+    needed = whole if config.shuffle_shards is None else min(whole, sum(sizes[: config.shuffle_shards + 2]))
+    if needed <= limit:
+        return
+    if config.shuffle_shards is None:
+        advice = "set data.shuffle_shards = 10, so that each batch is drawn from a few shards, or more space"
+    else:
+        advice = (
+            f"data.shuffle_shards = {config.shuffle_shards} needs room for two more than that: set less, or more space"
+        )
+    raise UserError(
+        f"the shards at {files.url} have {_gib(whole)}, but only {_gib(limit)} of them may be kept in {files.folder} "
+        f"(data.cache_limit; by default half of the free disk): {advice}"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def _open_local(config: DataConfig) -> ShardImages:
+    root = Path(config.root_folder)
+    if not root.is_dir():
+        raise UserError(f"data.root = {str(root)!r} is not a folder; dataset = 'shards' reads tar files from it")
+    if (root / INDEX_NAME).exists():
+        index = _packed(root / INDEX_NAME, config)
+        return ShardImages(index, LocalShards(root, index.shards))
+    states = {entry.name: entry.stat() for entry in os.scandir(root) if entry.name.endswith(".tar")}
+    shards = [Shard(name, states[name].st_size) for name in sorted(states)]
+    files = LocalShards(root, shards)
+    versions = [str(states[shard.name].st_mtime_ns) for shard in shards]
+    return ShardImages(_scanned(config, files, versions, str(root.resolve())), files)
+
+
+def _open_url(config: DataConfig) -> ShardImages:
+    url = config.root_folder.rstrip("/")
+    folder = _cache_folder(url)
+    limit = None if config.cache_limit is None else int(config.cache_limit * 2**30)
+    with url_errors(url):
+        filesystem, path = open_url(url)
+        if filesystem.exists(f"{path}/{INDEX_NAME}"):
+            # The name changes with the file, as far as the file system can tell without reading it.
+            kept = folder / f"{content_key({'index': str(filesystem.ukey(f'{path}/{INDEX_NAME}'))})}.safetensors"
+            if not kept.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                partial = kept.with_name(f".{kept.name}-{os.getpid()}.part")
+                filesystem.get_file(f"{path}/{INDEX_NAME}", str(partial))
+                ShardIndex.read(partial)
+                os.replace(partial, kept)
+            index = _packed(kept, config)
+            describe_folder(folder, {"kind": "shards", "data": url, "images": len(index.shard), "what": "from a URL"})
+            return ShardImages(index, FetchedShards(url, index.shards, folder, limit))
+        found = [entry for entry in filesystem.ls(path, detail=True) if str(entry["name"]).endswith(".tar")]
+        sizes = {os.path.basename(entry["name"]): filesystem.info(entry["name"])["size"] for entry in found}
+        versions = [str(filesystem.ukey(entry["name"])) for entry in sorted(found, key=lambda entry: entry["name"])]
+    files = FetchedShards(url, [Shard(name, sizes[name]) for name in sorted(sizes)], folder, limit)
+    return ShardImages(_scanned(config, files, versions, url), files)
+
+
+def _cache_folder(root: str) -> Path:
+    return cache_root() / f"shards-{content_key({'root': root})}"
+
+
+def _packed(path: Path, config: DataConfig) -> ShardIndex:
+    """Read the index that `toolkit pack` wrote. Raises UserError if the recipe has keys that it makes superfluous."""
+    for key in ("columns", "class_names", "label_separator"):
+        if getattr(config, key) != DataConfig.model_fields[key].default:
+            raise UserError(
+                f"data.{key} has no effect: the index of {config.root_folder} has classes and labels. Remove the key"
+            )
+    return ShardIndex.read(path)
+
+
+def _scanned(config: DataConfig, files: ShardFiles, versions: list[str], root: str) -> ShardIndex:
+    """Return the index of shards without one: made once, by reading the headers, and kept in the cache folder.
+
+    The images are checked as well, so that later runs need not fetch or read every shard before they begin.
+    """
+    if not files.shards:
+        raise UserError(f"{config.root_folder} has neither {INDEX_NAME} nor a file that ends in .tar")
+    columns, names = config.columns.model_dump(), config.class_names
+    if isinstance(names, str):
+        with contextlib.suppress(OSError):  # the scan reports it
+            names = Path(names).read_text(errors="surrogateescape")
+    facts = {"shards": files.shards, "versions": versions, "columns": columns, "names": names}
+    folder = _cache_folder(root)
+    kept = folder / f"{content_key({**facts, 'separator': config.label_separator})}.safetensors"
+    if not kept.exists():
+        index = scan(config, files, versions)
+        folder.mkdir(parents=True, exist_ok=True)
+        checked = check_images(EncodedImages(ShardImages(index, files), 3), np.arange(len(index.shard)), decode=False)
+        if not checked.bad and not checked.extents:  # else each run checks them
+            index = ShardIndex(**{**vars(index), "is_checked": True})
+        index.write(kept)
+    index = ShardIndex.read(kept)
+    describe_folder(folder, {"kind": "shards", "data": root, "images": len(index.shard), "what": "index of tar files"})
+    return index
