@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from itertools import pairwise
@@ -27,7 +28,7 @@ from toolkit.report.conv_filters import (
     tinted,
 )
 from toolkit.report.plot_style import CYCLE, SPLIT_COLORS, page_svg, plot_style, save
-from toolkit.report.prediction_metrics import RunPredictions, calibration
+from toolkit.report.prediction_metrics import RunPredictions, calibration, confusions
 from toolkit.report.run_data import ConvFilters, FilterEffect, Mistake, RunData, load_run_data
 from toolkit.report.run_report import load_images
 from toolkit.runs import Run
@@ -294,3 +295,17 @@ def test_colors_are_those_of_okabe_and_ito_and_differ() -> None:
     assert len(set(SPLIT_COLORS.values())) == 3
     figure = Figure()
     assert to_hex(figure.subplots().bar([0], [1], color=SPLIT_COLORS["train"])[0].get_facecolor()) == "#0072b2"
+
+
+def test_a_report_of_20000_classes_needs_no_matrix_of_all_pairs() -> None:
+    """The matrix would take 3 GB, and an accuracy figure with one rectangle per class minutes."""
+    random, count = np.random.default_rng(0), 20_000
+    labels, names = np.arange(2 * count) % count, [str(i) for i in range(2 * count)]
+    predicted = np.where(random.random(2 * count) < 0.5, labels, random.integers(0, count, 2 * count))
+    found = RunPredictions(names, names[:count], labels, predicted, random.random(2 * count))
+    tracemalloc.start()
+    figure = test_plots.class_accuracy_figure("title", found)
+    assert len(confusions(found)) > 10_000
+    assert tracemalloc.get_traced_memory()[1] < 200e6
+    tracemalloc.stop()
+    assert len(figure.axes[0].patches) == 1

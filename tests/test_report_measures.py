@@ -12,6 +12,7 @@ from toolkit.report.prediction_metrics import (
     RunPredictions,
     accuracy_by_class,
     calibration,
+    confusion_cells,
     confusion_matrix,
     confusions,
     wilson_interval,
@@ -57,18 +58,20 @@ def test_confusion_matrix_equals_scikit_learns() -> None:
     random = np.random.default_rng(1)
     labels, predicted = random.integers(0, 6, 500), random.integers(0, 6, 500)
     found = predictions(list(labels), list(predicted), [0.5] * 500, 6)
-    assert np.array_equal(confusion_matrix(found), sklearn_confusion(labels, predicted, labels=range(6)))
+    expected = sklearn_confusion(labels, predicted, labels=range(6))
+    assert np.array_equal(confusion_matrix(found), expected)
+    assert [list(cell) for cell in confusion_cells(found)] == [[i, j, expected[i, j]] for i, j in np.argwhere(expected)]
 
 
 def test_class_accuracies_leave_out_classes_without_images() -> None:
-    matrix = confusion_matrix(predictions([0, 0, 0, 2], [0, 0, 1, 2], [0.5] * 4, 3))
-    assert accuracy_by_class(matrix)[[0, 2]] == pytest.approx([2 / 3, 1])
-    assert np.isnan(accuracy_by_class(matrix)[1])
+    found = predictions([0, 0, 0, 2], [0, 0, 1, 2], [0.5] * 4, 3)
+    assert accuracy_by_class(found)[[0, 2]] == pytest.approx([2 / 3, 1])
+    assert np.isnan(accuracy_by_class(found)[1])
 
 
 def test_confusions_are_sorted_by_frequency() -> None:
     found = predictions([0, 0, 1, 1, 1, 2], [1, 0, 2, 2, 0, 2], [0.5] * 6, 3)
-    assert confusions(confusion_matrix(found)) == [
+    assert confusions(found) == [
         ClassConfusion(1, 2, 2),
         ClassConfusion(0, 1, 1),
         ClassConfusion(1, 0, 1),

@@ -50,10 +50,20 @@ def confusion_matrix(found: RunPredictions) -> Ints:
     return flat.reshape(size, size).astype(np.int64)
 
 
-def accuracy_by_class(matrix: Ints) -> Floats:
+def support(found: RunPredictions) -> Ints:
+    """Return the number of images of each class, [K]."""
+    return np.bincount(found.labels, minlength=len(found.classes)).astype(np.int64)
+
+
+def correct_by_class(found: RunPredictions) -> Ints:
+    """Return the number of images of each class that are classified correctly, [K]."""
+    return np.bincount(found.labels[found.correct], minlength=len(found.classes)).astype(np.int64)
+
+
+def accuracy_by_class(found: RunPredictions) -> Floats:
     """Return the fraction of each class's images classified correctly, 0..1, [K]; NaN for a class without images."""
-    support = matrix.sum(1)
-    share: Floats = np.divide(matrix.diagonal(), support, out=np.full(len(matrix), np.nan), where=support > 0)
+    images = support(found)
+    share: Floats = np.divide(correct_by_class(found), images, out=np.full(len(images), np.nan), where=images > 0)
     return share
 
 
@@ -65,12 +75,21 @@ class ClassConfusion(NamedTuple):
     images: int
 
 
-def confusions(matrix: Ints) -> list[ClassConfusion]:
+def confusion_cells(found: RunPredictions) -> list[ClassConfusion]:
+    """Return the cells of the confusion matrix that are not 0, row by row.
+
+    The whole matrix of 20,000 classes would take 3 GB.
+    """
+    size = len(found.classes)
+    flat, images = np.unique(found.labels * size + found.predictions, return_counts=True)
+    cells = zip((flat // size).tolist(), (flat % size).tolist(), images.tolist(), strict=True)
+    return [ClassConfusion(*cell) for cell in cells]
+
+
+def confusions(found: RunPredictions) -> list[ClassConfusion]:
     """Return the confused pairs of classes, most frequent first."""
-    wrong = matrix - np.diag(matrix.diagonal())
-    rows, columns = np.nonzero(wrong)
-    order = np.argsort(-wrong[rows, columns], kind="stable")
-    return [ClassConfusion(int(rows[i]), int(columns[i]), int(wrong[rows[i], columns[i]])) for i in order]
+    wrong = [cell for cell in confusion_cells(found) if cell.label != cell.prediction]
+    return sorted(wrong, key=lambda cell: -cell.images)
 
 
 @dataclass(frozen=True)

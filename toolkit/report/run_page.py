@@ -31,11 +31,14 @@ from toolkit.report.html import (
 from toolkit.report.learning_curves import learning_rates, points
 from toolkit.report.prediction_metrics import (
     Calibration,
+    ClassConfusion,
     Counts,
     RunPredictions,
     accuracy_by_class,
-    confusion_matrix,
+    confusion_cells,
     confusions,
+    correct_by_class,
+    support,
     wilson_interval,
 )
 from toolkit.report.recipe_table import environment_table, recipe_table
@@ -237,41 +240,38 @@ def _charts(data: RunData) -> dict[str, Any]:
 
 def _by_class(found: RunPredictions, counts: Mapping[str, Counts] | None) -> HtmlTable:
     """Return a table of each class's accuracy, support and most frequent wrong prediction, best class first."""
-    matrix = confusion_matrix(found)
-    accuracy, support = accuracy_by_class(matrix), matrix.sum(1)
+    accuracy, images, correct = accuracy_by_class(found), support(found), correct_by_class(found)
+    most_wrong: dict[int, ClassConfusion] = {}
+    for cell in confusions(found):
+        most_wrong.setdefault(cell.label, cell)
     others = [counts["train"], counts["validation"]] if counts else []
     rows = []
     for label in np.argsort(-np.nan_to_num(accuracy, nan=-1), kind="stable"):
-        wrong = matrix[label].copy()
-        wrong[label] = 0
-        other = int(wrong.argmax())
-        numbers = [matrix[label, label], support[label], *(count[label] for count in others)]
+        wrong = most_wrong.get(int(label))
+        numbers = [correct[label], images[label], *(count[label] for count in others)]
         cells = [
             name(found.classes[label]),
             share(float(accuracy[label]), bar=True),
             *(integer(int(n)) for n in numbers),
         ]
-        rows.append(HtmlRow([*cells, name(f"{found.classes[other]} ({wrong[other]})" if wrong[other] else "")]))
+        rows.append(HtmlRow([*cells, name(f"{found.classes[wrong.prediction]} ({wrong.images})" if wrong else "")]))
     head = ["class", "accuracy", "correct", "test images", *(["train images", "validation images"] if counts else [])]
     return HtmlTable([*head, "most often mistaken for"], rows, range(1, len(head)))
 
 
 def _confusions(found: RunPredictions) -> HtmlTable:
-    matrix = confusion_matrix(found)
-    support = matrix.sum(1)
+    images = support(found)
     rows = [
         HtmlRow([name(found.classes[label]), name(found.classes[prediction]), integer(count),
-                 share(float(count / support[label]))])
-        for label, prediction, count in confusions(matrix)[:MAX_CONFUSIONS]
+                 share(float(count / images[label]))])
+        for label, prediction, count in confusions(found)[:MAX_CONFUSIONS]
     ]  # fmt: skip
     return HtmlTable(["true class", "predicted class", "images", "of the true class"], rows, (2, 3))
 
 
 def _cells(found: RunPredictions) -> dict[str, Any]:
     """Return the nonzero cells of the confusion matrix, for the page's script."""
-    matrix = confusion_matrix(found)
-    cells = [[int(row), int(column), int(matrix[row, column])] for row, column in np.argwhere(matrix)]
-    return {"names": found.classes, "support": matrix.sum(1).tolist(), "cells": cells}
+    return {"names": found.classes, "support": support(found).tolist(), "cells": confusion_cells(found)}
 
 
 def _calibration_text(found: Calibration) -> str:

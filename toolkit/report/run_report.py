@@ -29,7 +29,13 @@ from toolkit.report.run_data import (
 )
 from toolkit.report.run_images import RunImages, model_inputs, open_run_images
 from toolkit.report.run_page import write_run_page
-from toolkit.report.test_plots import class_accuracy_figure, confusion_figure, mistakes_figure, reliability_figure
+from toolkit.report.test_plots import (
+    MAX_MATRIX,
+    class_accuracy_figure,
+    confusion_figure,
+    mistakes_figure,
+    reliability_figure,
+)
 from toolkit.runs import Run
 
 ON_PAGE = {
@@ -100,7 +106,8 @@ def _figures(data: RunData) -> dict[str, Callable[[], Figure]]:
         "learning-rate": lambda: learning_rate_curve(data),
     }
     if (found := data.predictions) is not None and (measured := data.calibration) is not None:
-        figures["confusion"] = lambda: confusion_figure(f"{name}: test images", found)
+        if len(found.classes) <= MAX_MATRIX:
+            figures["confusion"] = lambda: confusion_figure(f"{name}: test images", found)
         figures["class-accuracy"] = lambda: class_accuracy_figure(f"{name}: test accuracy by class", found)
         figures["reliability"] = lambda: reliability_figure(name, measured)
     if data.mistakes:

@@ -13,7 +13,14 @@ from toolkit.formatting import plural
 from toolkit.report.data_plots import paste
 from toolkit.report.html import percent
 from toolkit.report.plot_style import BLUE, GRID, INK, ORANGE, SKY, VERMILION, fitted, grid, short
-from toolkit.report.prediction_metrics import Calibration, Ints, RunPredictions, accuracy_by_class, confusion_matrix
+from toolkit.report.prediction_metrics import (
+    Calibration,
+    Ints,
+    RunPredictions,
+    accuracy_by_class,
+    confusion_matrix,
+    support,
+)
 from toolkit.report.run_data import Mistake
 
 MAX_COUNTED = 25
@@ -21,6 +28,9 @@ MAX_COUNTED = 25
 
 MAX_LABELED = 250
 """Maximum number of classes for which their names are shown."""
+
+MAX_MATRIX = 2000
+"""Maximum number of classes of a plotted confusion matrix; the cells of more are smaller than a pixel."""
 
 MISTAKES, COLUMNS = 24, 6
 """Number of mistakes in the figure, and in each of its rows."""
@@ -71,18 +81,21 @@ def _write_counts(axes: Axes, matrix: Ints, share: np.ndarray) -> None:
 
 def class_accuracy_figure(title: str, found: RunPredictions) -> Figure:
     """Plot the accuracy of each class, sorted, with its number of test images."""
-    matrix = confusion_matrix(found)
-    accuracy, support = accuracy_by_class(matrix), matrix.sum(1)
-    order = [int(i) for i in np.argsort(-np.nan_to_num(accuracy, nan=-1), kind="stable") if support[i] > 0]
+    accuracy, images = accuracy_by_class(found), support(found)
+    order = [int(i) for i in np.argsort(-np.nan_to_num(accuracy, nan=-1), kind="stable") if images[i] > 0]
     labeled = len(order) <= MAX_LABELED
     height = 0.16 * len(order) if labeled else 12.0
     figure = Figure(figsize=(6.3, 1.2 + height), layout="constrained")
     axes = figure.subplots()
-    axes.barh(range(len(order)), [100 * accuracy[i] for i in order], 0.72 if labeled else 1.0, color=BLUE)
+    if labeled:
+        axes.barh(range(len(order)), 100 * accuracy[order], 0.72, color=BLUE)
+    else:  # one outline, since thousands of rectangles would take minutes
+        edges = np.arange(len(order) + 1) - 0.5
+        axes.stairs(100 * accuracy[order], edges, orientation="horizontal", fill=True, color=BLUE)
     mean = 100 * float(np.nanmean(accuracy))
     axes.axvline(mean, color=VERMILION, linewidth=1.2, label=f"mean over classes: {mean:.1f} %")
     if labeled:
-        names = [f"{short(found.classes[i], 28)}  ({support[i]})" for i in order]
+        names = [f"{short(found.classes[i], 28)}  ({images[i]})" for i in order]
         axes.set_yticks(range(len(order)), names, fontsize=7, parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(order) - 0.4, -0.6)
