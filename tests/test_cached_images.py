@@ -124,9 +124,21 @@ def setup_of(recipe: Recipe, images: Any, native: int | None) -> tuple[TrainingC
     )
     console: Any = RecordingConsole()
     nothing: Any = None
-    return TrainingContext(
-        recipe, accelerator, console, dataset, splits, preprocessing, nothing, nothing, nothing, []
-    ), console
+    setup = TrainingContext(
+        recipe=recipe,
+        accelerator=accelerator,
+        display=console,
+        dataset=dataset,
+        task=nothing,
+        splits=splits,
+        preprocessing=preprocessing,
+        stages=[preprocessing],
+        built=nothing,
+        transfer=nothing,
+        stochastic=nothing,
+        bad_images=[],
+    )
+    return setup, console
 
 
 def unguarded(batches: Iterable[Any], rounds: int) -> Iterator[Any]:
