@@ -20,7 +20,24 @@ from PIL import Image
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.image_sources import EncodedImages, UnreadableImageError, check_images
 from toolkit.errors import UserError
+from toolkit.recipe import RecipeError, load_recipe
 from toolkit.recipe.schema import DataConfig
+from toolkit.report.run_images import open_run_images
+
+REST = """
+[model]
+source = "torchvision"
+name = "resnet18"
+
+[optimizer]
+name = "sgd"
+lr = 0.1
+
+[train]
+epochs = 1
+batch_size = 4
+"""
+"""The tables of a recipe after [data]."""
 
 
 def open_(root: Path | list[Path], **values: Any) -> Dataset:
@@ -200,3 +217,31 @@ def test_roots_with_the_same_name_are_told_apart_and_none_is_read_twice(folder: 
     assert {data.images.name(i).rpartition("images/")[0] for i in range(7)} == {f"{tmp_path.name}/", "other/"}
     with pytest.raises(UserError, match=r"is in .*, so that its images would be used twice"):
         open_([folder, tmp_path / "other/../images/train"])
+
+
+def test_roots_that_were_moved_are_found_in_the_folder_that_holds_them(folder: Path, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        image(tmp_path / "more" / name / "1.png", 7)
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        '[recipe]\nname = "x"\n[data]\ndataset = "imagefolder"\nroot = ["before/images", "elsewhere/more"]\n'
+        f"image_size = 8\n{REST}"
+    )
+    found = open_run_images(load_recipe(path), None, ["cat", "dog"], tmp_path)
+    plain = open_([folder, tmp_path / "more"])
+    assert list(found.index) == [plain.images.name(i) for i in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('dataset = "caltech101"\nroot = ["a", "b"]', 'several folders are for dataset = "imagefolder"'),
+        ('dataset = "imagefolder"\nroot = ["a", "a"]', "a folder is listed twice"),
+        ('dataset = "imagefolder"\nroot = []', r"data\.root.*at least 1"),
+        ('dataset = "imagefolder"\nroot = ["a\\nb"]', "line breaks and control characters are not allowed here"),
+    ],
+)
+def test_roots_are_checked_before_training(lines: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(f'[recipe]\nname = "x"\n[data]\nimage_size = 8\n{lines}\n{REST}')
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tmp_path / "recipe.toml")

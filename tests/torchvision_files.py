@@ -150,6 +150,18 @@ def caltech256(root: Path, patch: Patch) -> None:
         images(folder, [f"{number:03d}_{i:04d}.jpg" for i in range(1, 13)])
 
 
+def celeba(root: Path, patch: Patch) -> None:
+    patch(datasets.CelebA, "file_list", [(url, None, file) for url, _, file in datasets.CelebA.file_list])
+    folder, names = root / "celeba", [f"{i:06d}.jpg" for i in range(1, 13)]
+    images(folder / "img_align_celeba", names)
+    text(folder / "list_eval_partition.txt", *(f"{name} {i // 6 + i // 9}" for i, name in enumerate(names)))
+    text(folder / "identity_CelebA.txt", *(f"{name} {i}" for i, name in enumerate(names)))
+    attributes = [f"{name}  {1 - i % 3} {1 if i % 2 else -1}" for i, name in enumerate(names)]
+    text(folder / "list_attr_celeba.txt", "12", "Bald Smiling ", *(a.replace(" 0 ", " 1 ") for a in attributes))
+    for name in ("list_bbox_celeba.txt", "list_landmarks_align_celeba.txt"):
+        text(folder / name, "12", "x y", *(f"{name} 1 2" for name in names))
+
+
 def country211(root: Path, patch: Patch) -> None:
     for number, part in enumerate(("train", "valid", "test")):
         for country in ("AD", "ZW"):
@@ -320,6 +332,7 @@ WRITERS: dict[str, Callable[[Path, Patch], None]] = {
     "CIFAR100": cifar100,
     "CLEVRClassification": clevr,
     "Caltech256": caltech256,
+    "CelebA": celeba,
     "Country211": country211,
     "DTD": dtd,
     "EMNIST": emnist,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from toolkit.data.datasets import Dataset, encoded_images
 from toolkit.data.encoded_sources import EncodedSource, ImageFiles
@@ -32,10 +33,14 @@ _SPLIT = "the data set's own split"
 class ArrowImages:
     """Encoded images in the Arrow files of a data set, by split; an EncodedSource."""
 
-    def __init__(self, parts: dict[str, Any], column: str) -> None:
-        """``parts``: a ``datasets.Dataset`` for each split. ``column``: of bytes, or of {bytes, path}."""
+    def __init__(self, parts: dict[str, Any], column: str, sizes: npt.NDArray[np.int64]) -> None:
+        """``parts``: a ``datasets.Dataset`` for each split. ``column``: of bytes, or of {bytes, path}.
+
+        ``sizes``: number of bytes of each image, [N].
+        """
         self._splits, self._parts = list(parts), [_arrow(part, [column]) for part in parts.values()]
         self._ends = np.cumsum([len(part) for part in self._parts])
+        self._sizes = sizes
         files = [file["filename"] for part in self._parts for file in part.cache_files]
         self._location = files[0] if files else "memory"
         self._version = max((os.stat(file).st_mtime_ns for file in files), default=0)
@@ -48,15 +53,11 @@ class ArrowImages:
         at = int(np.searchsorted(self._ends, i, side="right"))
         return at, i - (int(self._ends[at - 1]) if at else 0)
 
-    def _bytes(self, i: int) -> bytes:
-        at, row = self._place(i)
-        (value,) = self._parts[at][row].column(0).to_pylist()
-        found: bytes = value["bytes"] if isinstance(value, dict) else value
-        return found
-
     def open(self, i: int) -> BinaryIO:
         """Return the bytes of image i as a file in memory."""
-        return io.BytesIO(self._bytes(i))
+        at, row = self._place(i)
+        (value,) = self._parts[at][row].column(0).to_pylist()
+        return io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
 
     def name(self, i: int) -> str:
         """Return the split of image i and its row there from 0, such as "train/17"."""
@@ -69,7 +70,7 @@ class ArrowImages:
 
     def size_and_version(self, i: int) -> tuple[int, int]:
         """Return the number of bytes of image i, and when the files of the data set were changed."""
-        return len(self._bytes(i)), self._version
+        return int(self._sizes[i]), self._version
 
 
 def open_huggingface(config: DataConfig) -> Dataset:
@@ -270,15 +271,18 @@ def _source(parts: dict[str, Any], column: str, name: str) -> EncodedSource:
     import pyarrow.compute as pc
 
     paths: list[str | None] = []
-    missing = 0
+    sizes: list[npt.NDArray[np.int64]] = []
     for part in parts.values():
         for table in _arrow(part, [column]).iter(batch_size=8192):
             values = table.column(0)
             is_struct = hasattr(values.type, "fields")
-            missing += (pc.struct_field(values, "bytes") if is_struct else values).null_count
+            encoded = pc.struct_field(values, "bytes") if is_struct else values
+            sizes.append(pc.binary_length(encoded).fill_null(-1).to_numpy().astype(np.int64))
             paths += pc.struct_field(values, "path").to_pylist() if is_struct else [None] * len(values)
+    every_size = np.concatenate(sizes)
+    missing = int((every_size < 0).sum())
     if not missing:
-        return ArrowImages(parts, column)
+        return ArrowImages(parts, column, every_size)
     if missing < len(paths) or None in paths:
         raise UserError(f"{name}: {missing} of {len(paths)} rows have no image in column {column!r}")
     files = [os.path.abspath(str(path)) for path in paths]

@@ -37,6 +37,9 @@ TORCHVISION_SETS = {
     "CIFAR100": TorchvisionSet("objects (Krizhevsky 2009)", 100, 32, 3, _TRAIN, "train"),
     "CLEVRClassification": TorchvisionSet("number of objects in a scene (Johnson et al. 2017)", 8, None, 3, _TRAIN_VAL),
     "Caltech256": TorchvisionSet("objects (Griffin et al. 2007)", 257, None, 3, ()),
+    "CelebA": TorchvisionSet(
+        "attributes of faces, several per image (Liu et al. 2015)", 40, None, 3, (("train", "valid", "test"),)
+    ),
     "Country211": TorchvisionSet(
         "country of a photograph (Radford et al. 2021)", 211, None, 3, (("train", "valid", "test"),)
     ),

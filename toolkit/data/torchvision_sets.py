@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from toolkit.data.dataset_info import DATASETS
 from toolkit.data.datasets import Dataset, encoded_images
 from toolkit.data.encoded_sources import ImageFiles
 from toolkit.data.image_sources import ImageSource, InMemoryImages, Pixels
-from toolkit.data.sampling import IntArray
 from toolkit.data.torchvision_info import TORCHVISION_SETS
 from toolkit.errors import UserError, first_line
 from toolkit.filenames import encode_name
@@ -94,7 +94,7 @@ def open_torchvision(table: DataConfig) -> Dataset:
     found = _fetch(kind, table)
     name = table.dataset if table.dataset != "torchvision" else kind
     images: dict[str, Images] = {}
-    numbers: dict[str, IntArray] = {}
+    numbers: dict[str, npt.NDArray[Any]] = {}
     names = _class_names(found["train"], table.args)
     for split, dataset in found.items():
         images[split], labels = _read(dataset, table.args)
@@ -110,14 +110,18 @@ def open_torchvision(table: DataConfig) -> Dataset:
             images[split], numbers[split] = [paths[i] for i in order], labels[order]
     ends = np.cumsum([0, *map(len, numbers.values())])
     lists = {split: np.arange(*ends[at : at + 2]) for at, split in enumerate(numbers)}
-    used, labels = np.unique(np.concatenate(list(numbers.values())), return_inverse=True)
-    classes = [str(number) if names is None else names[number] for number in used]
-    unused = [name for number, name in enumerate(names or ()) if number not in used]
-    notes = (f"left out of the classes, because no image has them: {', '.join(unused)}",) if unused else ()
+    labels, notes = np.concatenate(list(numbers.values())), list[str]()
+    if labels.ndim == 2 and names is not None:
+        classes, labels = names, labels.astype(np.uint8)
+    else:
+        used, labels = np.unique(labels, return_inverse=True)
+        classes = [str(number) if names is None else names[number] for number in used]
+        unused = [name for number, name in enumerate(names or ()) if number not in used]
+        notes = [f"left out of the classes, because no image has them: {', '.join(unused)}"] if unused else []
     facts = TORCHVISION_SETS[kind]
     table = table.model_copy(update={"channels": table.channels or facts.channels})
     source = _joined(list(images.values()), name, table)
-    return Dataset(name, classes, source, labels.astype(np.int64), lists, facts.size, facts.channels, notes)
+    return Dataset(name, classes, source, labels, lists, facts.size, facts.channels, tuple(notes))
 
 
 def _joined(images: list[Images], name: str, table: DataConfig) -> ImageSource:
@@ -207,13 +211,16 @@ def _selections(name: str, table: DataConfig) -> dict[str, dict[str, str | bool]
 
 
 def _read(dataset: Any, arguments: dict[str, Any]) -> tuple[Images, Any]:
-    """Return the images of one list, and the numbers of their classes."""
+    """Return the images of one list, and the numbers of their classes; CelebA: 1 for each attribute of an image."""
     match type(dataset).__name__:
         case "Caltech256":
             names = dataset.categories
             rows = zip(dataset.y, dataset.index, strict=True)
             folder = os.path.join(dataset.root, "256_ObjectCategories")
             return [os.path.join(folder, names[y], f"{y + 1:03d}_{n:04d}.jpg") for y, n in rows], dataset.y
+        case "CelebA":
+            folder = os.path.join(dataset.root, dataset.base_folder, "img_align_celeba")
+            return [os.path.join(folder, name) for name in dataset.filename], dataset.attr.numpy()
         case "OxfordIIITPet":
             is_binary = arguments.get("target_types") == "binary-category"
             return list(map(str, dataset._images)), dataset._bin_labels if is_binary else dataset._labels
@@ -245,6 +252,8 @@ def _class_names(dataset: Any, arguments: dict[str, Any]) -> list[str] | None:
     match type(dataset).__name__:
         case "Caltech256":
             return [name.partition(".")[2] for name in dataset.categories]
+        case "CelebA":
+            return [name for name in dataset.attr_names if name]  # the line of names ends with a space
         case "INaturalist":
             (level,) = dataset.target_type
             if level != "full":

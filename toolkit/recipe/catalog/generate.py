@@ -50,7 +50,6 @@ _CAPTIONS, _VIDEO = "has captions, not classes", "has videos"
 _FLOW, _STEREO = "is for optical flow", "is for stereo matching"
 EXCLUDED_DATASETS = {
     "Caltech101": 'is data.dataset = "caltech101" here',
-    "CelebA": "has attributes and identities, not classes",
     "Cityscapes": _SEGMENTATION,
     "CocoCaptions": _CAPTIONS,
     "CocoDetection": _DETECTION,
@@ -280,6 +279,8 @@ def _datasets() -> dict[str, dict[str, Any]]:
                 own.setdefault(parameter.name, parameter)
         arguments = {key: _dataset_argument(cls, one) for key, one in own.items() if key not in OWN_DATASET_KEYS}
         selector, lists = TORCHVISION_SETS[name].selector, TORCHVISION_SETS[name].lists
+        if name == "CelebA":
+            del arguments["target_type"]  # the attributes are labels; identities differ between its lists
         if selector in arguments:
             first, *others = (training for training, _, _ in lists)
             arguments[selector] |= {"default": first, "choices": [first, *others]}
