@@ -122,9 +122,9 @@ def on_bytes(step: Any, pixels: Pixels) -> Pixels:
 def _center_crop_or_pad(pixels: Pixels, size: Size, fill: Any) -> Pixels:
     """Return the center of an image, on a background of color ``fill`` where the image is smaller than ``size``."""
     color = np.broadcast_to(np.asarray(fill, dtype=np.uint8), (size[1], pixels.shape[2]))
-    made = np.empty((size[0], color.size), dtype=np.uint8)
-    made[:] = color.reshape(-1)  # row by row: broadcasting only the channels would be slower
-    made = made.reshape(*size, -1)
+    lines = np.empty((size[0], color.size), dtype=np.uint8)
+    lines[:] = color.reshape(-1)  # row by row: broadcasting only the channels would be slower
+    made = lines.reshape(*size, -1)
     source, target = [], []
     for have, want in zip(pixels.shape[:2], size, strict=True):
         count = min(have, want)
