@@ -6,7 +6,7 @@ of tables, axes of plots and the direction of *best* are derived from this modul
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,6 +75,11 @@ class Metric:
     def label(self) -> str:
         """Full label without the unit, such as ``validation accuracy``."""
         return " ".join(filter(None, (self.split and SPLITS[self.split][0], self.measure.label)))
+
+    @property
+    def title(self) -> str:
+        """The label with a capital letter at the start."""
+        return self.label[:1].upper() + self.label[1:]
 
     @property
     def axis_label(self) -> str:
@@ -152,7 +157,17 @@ EPOCH_METRICS = tuple(
 VALIDATION_METRICS = tuple(name for name in EPOCH_METRICS if name.startswith("val/"))
 
 CURVES = tuple(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy"))
-"""The metrics that studies plot by epoch."""
+"""The metrics that are plotted by epoch for every kind of task."""
+
+
+def curves_of(records: Iterable[Container[str]]) -> tuple[str, ...]:
+    """Return the metrics to plot by epoch: :data:`CURVES`, and mAP if epoch records have it."""
+    return (*CURVES, *(["val/map"] if any("val/map" in record for record in records) else []))
+
+
+def headline(metrics: Container[str], prefix: str) -> str:
+    """Return the most important of some metrics whose names have a prefix: mAP if it is among them, else accuracy."""
+    return f"{prefix}map" if f"{prefix}map" in metrics else f"{prefix}accuracy"
 
 
 def metric_of(name: str) -> Metric:

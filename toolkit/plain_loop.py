@@ -33,6 +33,7 @@ from toolkit.data.datasets import open_dataset
 from toolkit.data.image_sources import BLOCKS_KEPT, EncodedImages, as_image
 from toolkit.data.preprocessing import Preprocessing, eval_preprocessing, resolve_channels, resolve_preprocessing
 from toolkit.data.splits import split_dataset
+from toolkit.errors import UserError
 from toolkit.models.build import build_model, expected_input
 from toolkit.models.transfer import apply_transfer, param_groups
 from toolkit.recipe import load
@@ -99,6 +100,8 @@ class PlainLoop:
     """Data loaders, model and optimizer of a recipe, in plain PyTorch."""
 
     def __init__(self, recipe: Recipe) -> None:
+        if recipe.task.kind == "multi_label":
+            raise UserError('the plain loop trains with task.kind = "single_label" only')
         self.recipe = recipe
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(recipe.recipe.seed)

@@ -115,8 +115,16 @@ def predict(
         typer.Option("--list", metavar="FILE", help="Text file with one path per line; the same as @FILE."),
     ] = None,
     top_k: Annotated[
-        int, typer.Option("-k", "--top-k", min=1, metavar="K", help="Number of most probable classes per image.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "-k",
+            "--top-k",
+            min=1,
+            metavar="K",
+            help="Number of most probable classes per image. Default: 1; with several labels per image, all labels "
+            "whose probability is at least their threshold.",
+        ),
+    ] = None,
     style: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="csv, json (one array) or jsonl (one object per line).")
     ] = "csv",
@@ -185,7 +193,7 @@ def _predict(
     arguments: list[str],
     accelerator: Accelerator,
     train: TrainConfig,
-    top_k: int,
+    top_k: int | None,
     batch_size: int,
     workers: int | None,
 ) -> Predictions:
@@ -301,6 +309,7 @@ def _print_explanations(trained: TrainedModel, found: list[CamResult], files: li
         {
             "path": each.subject.name,
             "label": None if each.subject.label is None else trained.classes[each.subject.label],
+            **({} if each.subject.labels is None else {"labels": [trained.classes[k] for k in each.subject.labels]}),
             "prediction": trained.classes[each.prediction],
             "probability": round(each.probability, 6),
             "figure": str(file),

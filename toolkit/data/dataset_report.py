@@ -113,7 +113,7 @@ class DatasetReport:
             "recipe": self.recipe.recipe.name,
             "dataset": self.dataset.name,
             "notes": list(self.notes),
-            "images": {split: int(self.counts[split].sum()) for split in SPLITS},
+            "images": {split: len(self.splits[split]) for split in SPLITS},
             "images_per_class": {
                 name: {split: int(self.counts[split][label]) for split in SPLITS}
                 for label, name in enumerate(self.classes)
@@ -148,16 +148,16 @@ def analyze_dataset(recipe: Recipe, log: Callable[[str], None]) -> DatasetReport
     readable = {split: np.array([i for i in splits[split] if int(i) in seen], dtype=np.int64) for split in SPLITS}
     near, searched = find_near_duplicates(dataset, readable, seen)
     preprocessing, mean, std = _statistics(recipe, dataset, readable["train"])
-    labels, classes = dataset.labels, len(dataset.classes)
     examples: dict[int, int] = {}
     for index in readable["train"]:
-        examples.setdefault(int(labels[index]), int(index))
+        for label in dataset.labels_of(int(index)):
+            examples.setdefault(label, int(index))
     return DatasetReport(
         recipe=recipe,
         dataset=dataset,
         splits=splits,
         preprocessing=preprocessing,
-        counts={split: np.bincount(labels[splits[split]], minlength=classes) for split in SPLITS},
+        counts={split: dataset.class_counts(splits[split]) for split in SPLITS},
         sizes=np.array([(found.width, found.height) for found in seen.values()], dtype=np.int64).reshape(-1, 2),
         stored=dict(Counter(found.stored for found in seen.values()).most_common()),
         mean=mean,
@@ -235,7 +235,7 @@ def _by_split(dataset: Dataset, splits: dict[str, Sizes], groups: list[list[int]
         for one, other in combinations(SPLITS, 2):
             if inside[one] and inside[other]:
                 across[f"{one}, {other}"].append([*inside[one], *inside[other]])
-        if len({int(dataset.labels[i]) for i in members}) > 1:
+        if len({dataset.labels_of(i) for i in members}) > 1:
             contradicting.append(list(names.values()))
         if dataset.groups is not None and len(set(dataset.groups[members].tolist())) > 1:
             across_groups.append(list(names.values()))

@@ -60,6 +60,10 @@ class Dataset:
         """Whether an image may have several labels, or none."""
         return self.labels.ndim == 2
 
+    def labels_of(self, i: int) -> tuple[int, ...]:
+        """Return the class of an image, or its labels, as indices into ``classes``."""
+        return tuple(np.flatnonzero(self.labels[i]).tolist()) if self.is_multi_label else (int(self.labels[i]),)
+
     def class_counts(self, indices: IntArray) -> IntArray:
         """Return the number of images of each class, or with each label, among those at ``indices``: int64 [K]."""
         labels = self.labels[indices]

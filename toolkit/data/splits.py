@@ -155,8 +155,7 @@ def split_hash(dataset: Dataset, splits: dict[str, IntArray]) -> str:
     for split in SPLITS:
         digest.update(f"{split}\0{len(splits[split])}\n".encode())
         for i in splits[split].tolist():
-            labels = np.flatnonzero(dataset.labels[i]) if dataset.is_multi_label else [dataset.labels[i]]
-            line = "\0".join([dataset.images.name(i), *(dataset.classes[label] for label in labels)])
+            line = "\0".join([dataset.images.name(i), *(dataset.classes[label] for label in dataset.labels_of(i))])
             digest.update(f"{line}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

@@ -22,6 +22,7 @@ from toolkit.errors import UserError, first_line
 from toolkit.inference.evaluate import split_images
 from toolkit.reading import UnreadableFile
 from toolkit.recipe.image_size import Size
+from toolkit.report.label_predictions import read_label_predictions
 from toolkit.report.plot_style import plot_style, save, short
 from toolkit.report.run_data import read_predictions
 from toolkit.runs import Run
@@ -56,11 +57,16 @@ class CamInput:
     """Index of the true class; None if unknown."""
     area: tuple[slice, slice] = (slice(None), slice(None))
     """Rows and columns of the input that show the image; the rest is padding."""
+    labels: tuple[int, ...] | None = None
+    """Indices of the labels of an image with several; None if unknown, or if the model predicts one class."""
 
 
 @dataclass(frozen=True)
 class CamResult:
-    """An image with its prediction and the evidence for it."""
+    """An image with its prediction and the evidence for it.
+
+    A multi-label model gives one result for each label that it predicts or misses: ``prediction`` is that label.
+    """
 
     subject: CamInput
     prediction: int
@@ -127,7 +133,8 @@ def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path 
     """Return the misclassified test images with the highest probabilities in predictions.csv, highest first."""
     if not run.has_test:
         raise UserError(f"{run.path} has no test images, so there are no mistakes to explain: give images")
-    found = read_predictions(run, trained.classes)
+    is_multi_label = trained.task.kind == "multi_label"
+    found = (read_label_predictions if is_multi_label else read_predictions)(run, trained.classes)
     worst = found.worst(count)
     if not len(worst):
         raise UserError(f"{run.path} misclassified none of its test images: give images to explain")
@@ -139,7 +146,9 @@ def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path 
     subjects: list[CamInput] = []
     for row in worst:
         pixels = dataset.images.load(index[found.names[row]])
-        subjects.append(CamInput(found.names[row], transform(pixels), int(found.labels[row]), _area(trained, pixels)))
+        present = np.flatnonzero(found.labels[row]).tolist() if is_multi_label else None
+        label, labels = (None, tuple(present)) if present is not None else (int(found.labels[row]), None)
+        subjects.append(CamInput(found.names[row], transform(pixels), label, _area(trained, pixels), labels))
     return subjects
 
 
@@ -290,21 +299,39 @@ def heat_maps(trained: TrainedModel, layer: CamLayer, inputs: Tensor, classes: T
 
 
 def explain(trained: TrainedModel, subjects: Sequence[CamInput], layer: CamLayer) -> list[CamResult]:
-    """Predict each image and compute heat maps for its prediction and, if it differs, for its label."""
+    """Predict each image and compute heat maps for its prediction and, if it differs, for its label.
+
+    For a multi-label model: for each label that is predicted or missed, or the most probable one if there is none.
+    """
+    pairs = list(_predicted(trained, subjects))
     found: list[CamResult] = []
-    for start in range(0, len(subjects), BATCH_SIZE):
-        part = subjects[start : start + BATCH_SIZE]
-        inputs = torch.stack([subject.input for subject in part])
-        with torch.inference_mode():
-            probabilities, predictions = trained.module(inputs).softmax(1).max(1)
+    for start in range(0, len(pairs), BATCH_SIZE):
+        part, chosen, probabilities = zip(*pairs[start : start + BATCH_SIZE], strict=True)
+        inputs, predictions = torch.stack([subject.input for subject in part]), torch.tensor(chosen)
         labels = torch.tensor([int(p) if s.label is None else s.label for s, p in zip(part, predictions, strict=True)])
-        predictions = predictions.clone()
         heat, of_label = (heat_maps(trained, layer, inputs, classes) for classes in (predictions, labels))
         for i, subject in enumerate(part):
             is_wrong = int(labels[i]) != int(predictions[i])
             own, other = _scaled(heat[i][subject.area]), _scaled(of_label[i][subject.area]) if is_wrong else None
             found.append(CamResult(subject, int(predictions[i]), float(probabilities[i]), own, other))
     return found
+
+
+def _predicted(trained: TrainedModel, subjects: Sequence[CamInput]) -> Iterator[tuple[CamInput, int, float]]:
+    """Yield each image with its prediction and probability; for a multi-label model with each label to explain."""
+    for start in range(0, len(subjects), BATCH_SIZE):
+        part = subjects[start : start + BATCH_SIZE]
+        with torch.inference_mode():
+            logits = trained.module(torch.stack([subject.input for subject in part]))
+        for subject, row in zip(part, trained.task.probabilities(logits).numpy(), strict=True):
+            ranking = np.argsort(-row, kind="stable")
+            chosen = ranking[:1]
+            if trained.task.thresholds is not None:
+                is_chosen = row >= trained.task.thresholds
+                is_chosen[list(subject.labels or ())] = True
+                chosen = ranking[is_chosen[ranking]] if is_chosen.any() else chosen
+            for k in chosen.tolist():
+                yield subject, k, float(row[k])
 
 
 def _scaled(heat: Tensor) -> np.ndarray:
@@ -336,8 +363,12 @@ def _figure(trained: TrainedModel, found: CamResult, layer: CamLayer) -> Figure:
         heats.append((found.heat_of_label, f"for {short(classes[subject.label], 28)} (label)"))
     figure = Figure(figsize=(0.4 + 2.8 * (1 + len(heats)), 3.5), layout="constrained")
     axes = figure.subplots(1, 1 + len(heats))
-    label = "" if subject.label is None else f"label: {short(classes[subject.label], 28)}\n"
-    prediction = f"prediction: {short(classes[found.prediction], 28)}, {found.probability:.3f}"
+    names = [classes[k] for k in subject.labels or ([] if subject.label is None else [subject.label])]
+    label = f"label{'s' if len(names) > 1 else ''}: {short(', '.join(names), 28)}\n" if names else ""
+    thresholds = trained.task.thresholds
+    is_missed = thresholds is not None and found.probability < thresholds[found.prediction]
+    prediction = f"{'not predicted' if is_missed else 'prediction'}: {short(classes[found.prediction], 28)}"
+    prediction += f", {found.probability:.3f}"
     titles = [label + prediction, *(title for _, title in heats)]
     image = _pixels(trained, subject.input)[subject.area]
     for panel, title in zip(axes, titles, strict=True):

@@ -221,6 +221,13 @@ def _quiet() -> Iterator[None]:
 # -- preprocessing ----------------------------------------------------------------------------------------------------
 
 
+PROBABILITIES = {
+    "single_label": "the softmax of the logits; the most probable class is predicted",
+    "multi_label": "the sigmoid of each logit; labels whose probability is at least their threshold are predicted",
+}
+"""How logits become predictions, by kind of task."""
+
+
 def preprocessing_card(trained: TrainedModel) -> dict[str, Any]:
     """Return the content of preprocessing.json: everything that another program needs besides the model file."""
     wanted = trained.preprocessing
@@ -231,6 +238,8 @@ def preprocessing_card(trained: TrainedModel) -> dict[str, Any]:
         "torchvision.transforms.v2": [repr(step) for step in trained.transform.steps],
         **wanted.to_dict(),
         "classes": trained.classes,
+        "task": trained.task.to_dict(),
+        "probabilities": PROBABILITIES[trained.task.kind],
     }
 
 

@@ -26,6 +26,7 @@ from toolkit.data.image_sources import EncodedImages, UnreadableImageError
 from toolkit.data.sampling import hash64
 from toolkit.errors import UserError
 from toolkit.filenames import encode_name
+from toolkit.runs import LABEL_SEPARATOR
 from toolkit.training.evaluation import to_device
 from toolkit.training.trained_model import TrainedModel
 
@@ -98,6 +99,8 @@ class Predictions:
     probabilities: npt.NDArray[np.float64]
     """Probabilities of the classes in ``ranking``, [N, k]."""
     failed: list[FailedFile]
+    thresholds: npt.NDArray[np.float64] | None = None
+    """Smallest probability with which each class is listed, [K]; None: all in ``ranking`` are."""
 
     def rows(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """Yield, for each readable image, its path and (class, probability to six digits) by decreasing probability."""
@@ -105,7 +108,8 @@ class Predictions:
         for position, path in enumerate(self.paths):
             if position not in failed:
                 pairs = zip(self.ranking[position], self.probabilities[position], strict=True)
-                yield path, [(self.classes[int(index)], f"{np.float32(p):.6g}") for index, p in pairs]
+                listed = [(i, p) for i, p in pairs if self.thresholds is None or p >= self.thresholds[i]]
+                yield path, [(self.classes[int(index)], f"{np.float32(p):.6g}") for index, p in listed]
 
     def text(self, style: str) -> str:
         """Format all rows as ``csv``, ``json`` (one array) or ``jsonl`` (one object per line)."""
@@ -120,9 +124,17 @@ class Predictions:
         return "".join(json.dumps(each) + "\n" for each in objects)
 
     def _csv(self) -> str:
-        """Format as CSV: columns path, prediction, probability, then prediction_2, probability_2, ..."""
+        """Format as CSV: columns path, prediction, probability, then prediction_2, probability_2, ...
+
+        With thresholds the columns are path, predictions and probabilities, the latter two separated by semicolons.
+        """
         out = io.StringIO(newline="")
         writer = csv.writer(out, lineterminator="\n")
+        if self.thresholds is not None:
+            writer.writerow(["path", "predictions", "probabilities"])
+            for path, pairs in self.rows():
+                writer.writerow([path, *(LABEL_SEPARATOR.join(pair[i] for pair in pairs) for i in (0, 1))])
+            return out.getvalue()
         suffixes = ["", *(f"_{rank}" for rank in range(2, self.ranking.shape[1] + 1))]
         writer.writerow(["path", *(name + suffix for suffix in suffixes for name in ("prediction", "probability"))])
         writer.writerows([path, *(cell for pair in pairs for cell in pair)] for path, pairs in self.rows())
@@ -172,7 +184,7 @@ def predict(
     paths: Sequence[str],
     device: torch.device,
     *,
-    top_k: int,
+    top_k: int | None,
     batch_size: int,
     workers: int,
     autocast_dtype: torch.dtype | None = None,
@@ -181,6 +193,8 @@ def predict(
 ) -> Predictions:
     """Predict each image on one of the processes, and gather the results. Collective.
 
+    ``top_k``: number of most probable classes per image; None: the most probable one, or of a multi-label model all
+    labels whose probability is at least their threshold.
     ``batch_size`` is per process. The paths are divided into batches, which are then distributed, so that the results
     do not depend on the number of processes. ``advance`` is called with the number of images of each batch of this
     process.
@@ -189,7 +203,8 @@ def predict(
     if channels_last:
         module.to(memory_format=torch.channels_last)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    count, top_k = len(paths), min(top_k, len(trained.classes))
+    count, thresholds = len(paths), trained.task.thresholds if top_k is None else None
+    top_k = len(trained.classes) if thresholds is not None else min(top_k or 1, len(trained.classes))
     batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)][rank::world]
     workers = min(workers, len(batches))
     loader: DataLoader[Any] = DataLoader(
@@ -208,13 +223,14 @@ def predict(
             inputs = to_device(images, device, channels_last)
             with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
                 logits = module(inputs)
-            probabilities, classes = logits.float().softmax(1).topk(top_k, 1)
+            probabilities, classes = trained.task.probabilities(logits.float()).topk(top_k, 1)
             found[positions] = torch.stack([probabilities.double(), classes.double()], 1).cpu()
         advance(len(positions) + len(bad))
     found, failed = _gathered(found, failed, device)
     probabilities, classes = found.unbind(1)
     names = [encode_name(path) for path in paths]
-    return Predictions(names, trained.classes, classes.numpy().astype(np.int64), probabilities.numpy(), failed)
+    ranking = classes.numpy().astype(np.int64)
+    return Predictions(names, trained.classes, ranking, probabilities.numpy(), failed, thresholds)
 
 
 def _identity(batch: Any) -> Any:

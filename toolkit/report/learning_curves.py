@@ -14,7 +14,7 @@ SIZE = (6.3, 3.6)
 """Width and height of a figure in inches; the width is that of a text column."""
 
 
-def learning_curves(data: RunData, metric: Literal["loss", "accuracy"]) -> Figure:
+def learning_curves(data: RunData, metric: Literal["loss", "accuracy", "map"]) -> Figure:
     """Plot the training and validation metric of each epoch, and mark the best and the last epoch."""
     scale, label = (100.0, "accuracy (%)") if metric == "accuracy" else (1.0, "cross-entropy (nats)")
     figure, axes = labeled_axes("epoch", label, fitted(f"{data.name}: {metric}", SIZE[0] - 1), SIZE)

@@ -17,6 +17,7 @@ from toolkit.reading import UnreadableFile, read_json, require_file
 from toolkit.recipe import Recipe
 from toolkit.recipe.diagnostics import printable
 from toolkit.recipe.earlier_versions import update_summary
+from toolkit.report.label_predictions import LabelPredictions, read_label_predictions
 from toolkit.report.prediction_metrics import Calibration, Counts, RunPredictions, calibration
 from toolkit.runs import Run
 from toolkit.training.lr_schedule import epoch_rank
@@ -97,6 +98,8 @@ class RunData:
     split: Record = field(default_factory=dict)
     """Content of split.json, including the names of the images by split."""
     predictions: RunPredictions | None = None
+    label_predictions: LabelPredictions | None = None
+    """Predictions of a multi-label run, which has no ``predictions``."""
     filters: ConvFilters | None = None
     counts: dict[str, Counts] | None = None
     """Number of images of each class by split."""
@@ -118,6 +121,16 @@ class RunData:
     def classes(self) -> list[str]:
         """Class names in label order; empty if unknown."""
         return list(self.card.get("classes", []))
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.recipe is not None and self.recipe.task.kind == "multi_label"
+
+    @property
+    def thresholds(self) -> list[float]:
+        """Threshold of each label of a multi-label run; empty if unknown."""
+        return list(self.card.get("task", {}).get("thresholds", []))
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -205,7 +218,10 @@ def load_run_data(run: Run) -> RunData:
     data.split = data.try_load("the lists of images", lambda: run.split) or {}
     data.origins = data.try_load("the origins of the recipe's values", lambda: run.origins) or {}
     if (data.summary is not None and run.has_test) or (run.path / "predictions.csv").exists():
-        data.predictions = data.try_load("predictions", lambda: read_predictions(run, data.classes))
+        if data.is_multi_label:
+            data.label_predictions = data.try_load("predictions", lambda: read_label_predictions(run, data.classes))
+        else:
+            data.predictions = data.try_load("predictions", lambda: read_predictions(run, data.classes))
     for name in evaluation_names(run):
         found = data.try_load(f"evaluation {name}", lambda name=name: read_evaluation(run, name))  # type: ignore[misc]
         data.evaluations += [] if found is None else [found]

@@ -15,7 +15,7 @@ from PIL import Image
 from toolkit.evaluations import Evaluation
 from toolkit.expectations import check_expectations
 from toolkit.formatting import duration, plural
-from toolkit.metrics import METRICS
+from toolkit.metrics import METRICS, Metric, headline, metric_of
 from toolkit.report.html import (
     HtmlCell,
     HtmlRow,
@@ -28,6 +28,7 @@ from toolkit.report.html import (
     share,
     write_page,
 )
+from toolkit.report.label_predictions import error_cells, error_table, label_table
 from toolkit.report.learning_curves import learning_rates, points
 from toolkit.report.prediction_metrics import (
     Calibration,
@@ -55,22 +56,26 @@ SummaryCard = tuple[str, str, str]
 
 def write_run_page(path: Path, data: RunData, svg: Mapping[str, str], files: Sequence[Path]) -> Path:
     """Write the report page of a run. ``svg`` holds SVG elements by figure name, ``files`` the figures for print."""
-    found = data.predictions
+    found, several = data.predictions, data.label_predictions
+    cells = _cells(found) if found else error_cells(several) if several else None
+    by_class = _by_class(found, data.counts) if found else None
+    if several:
+        by_class = label_table(several, data.counts, data.thresholds)
     return write_page(
         path,
         "run.html",
-        {"charts": _charts(data), "cells": {"confusion": _cells(found)} if found else {}},
+        {"charts": _charts(data), "cells": {"confusion": cells} if cells else {}},
         title=data.name,
         subtitles=_subtitles(data),
         missing=data.missing,
         run=data,
         cards=list(_cards(data)),
-        models=_models(data.summary),
+        models=_models(data),
         expectations=check_expectations(data.recipe, data.summary) if data.recipe and data.summary else [],
         evaluations=_evaluations(data),
-        charts=CHARTS,
-        by_class=_by_class(found, data.counts) if found else None,
-        confusions=_confusions(found) if found else None,
+        charts=[(id_, "Metrics" if id_ == "accuracy" and several else caption) for id_, caption in CHARTS],
+        by_class=by_class,
+        confusions=_confusions(found) if found else error_table(several) if several else None,
         calibration_text=_calibration_text(data.calibration) if data.calibration else "",
         svg={name: Markup(text) for name, text in svg.items()},
         recipe=recipe_table(data.recipe, data.origins) if data.recipe else None,
@@ -113,17 +118,25 @@ def _cards(data: RunData) -> Iterator[SummaryCard]:
     """Yield the summary cards of a run: its most important metrics and costs."""
     best = data.summary["best"] if data.summary else {}
     metrics = (
-        ("test accuracy", "test_accuracy", _interval(data.predictions)),
-        ("balanced test accuracy", "test_balanced_accuracy", "mean recall over the classes"),
-        ("test top-5 accuracy", "test_top5_accuracy", ""),
+        (
+            ("test mAP", "test_map", "mean average precision over the labels"),
+            ("test micro F1", "test_micro_f1", "of the decisions on all labels together"),
+            ("test macro F1", "test_macro_f1", "mean F1 over the labels"),
+            ("test accuracy", "test_accuracy", "all labels of an image are correct"),
+        )
+        if data.is_multi_label
+        else (
+            ("test accuracy", "test_accuracy", _interval(data.predictions)),
+            ("balanced test accuracy", "test_balanced_accuracy", "mean recall over the classes"),
+            ("test top-5 accuracy", "test_top5_accuracy", ""),
+        )
     )
     for title, key, details in metrics:
         if key in best:
             yield title, percent(best[key]), details
     epoch: Record = next((record for record in data.epochs if record["epoch"] == data.best_epoch), {})
-    if "val/accuracy" in epoch:
-        details = f"{data.best_label} epoch, {data.best_epoch}"
-        yield "validation accuracy", percent(epoch["val/accuracy"]), details
+    if (key := headline(epoch, "val/")) in epoch:
+        yield metric_of(key).label, percent(epoch[key]), f"{data.best_label} epoch, {data.best_epoch}"
     planned = f"of {data.recipe.train.epochs}" if data.recipe else ""
     yield "epochs", str(data.last_epoch), f"{planned}{', stopped early' if data.stopped_early else ''}"
     yield from _costs(data.summary or {})
@@ -153,12 +166,18 @@ def _costs(summary: Record) -> Iterator[SummaryCard]:
         yield "seed", str(summary["seed"]), ""
 
 
-def _models(summary: Record | None) -> HtmlTable:
+def _measured(data: RunData, *splits: str) -> list[Metric]:
+    """Return the best model's metrics on some splits that are computed for the run's kind of task."""
+    kind = "multi_label" if data.is_multi_label else "single_label"
+    best = [metric for metric in METRICS.values() if metric.model == "best" and metric.split in splits]
+    return [metric for metric in best if kind in metric.measure.tasks]
+
+
+def _models(data: RunData) -> HtmlTable:
     """Return a table that compares the best and the last model."""
-    metrics = [metric for metric in METRICS.values() if metric.model == "best" and metric.split in ("val", "test")]
-    rows = []
-    for model in ("best", "last") if summary else ():
-        found = summary[model]  # type: ignore[index]
+    metrics, rows = _measured(data, "val", "test"), []
+    for model in ("best", "last") if data.summary else ():
+        found = data.summary[model]  # type: ignore[index]
         values = [metric_cell(metric, found.get(metric.key)) for metric in metrics]
         rows.append(HtmlRow([HtmlCell(model), integer(found["epoch"]), *values], "best" if model == "best" else ""))
     return HtmlTable(["model", "epoch", *(metric.label for metric in metrics)], rows, range(1, len(metrics) + 2))
@@ -168,7 +187,7 @@ def _evaluations(data: RunData) -> HtmlTable:
     """Return a table of the best model's metrics on other data sets, below those on the run's own images."""
     best = data.summary["best"] if data.summary else {}
     own = next((split for split in ("test", "val") if f"{split}_accuracy" in best), None)
-    metrics = [metric for metric in METRICS.values() if metric.model == "best" and metric.split == (own or "test")]
+    metrics = _measured(data, own or "test")
     keys = [metric.key.partition("_")[2] for metric in metrics]
     rows, notes = [], []
     if own is not None:
@@ -201,6 +220,15 @@ def _evaluation_notes(data: RunData, found: Evaluation) -> Iterator[str]:
 CHARTS = [("loss", "Loss"), ("accuracy", "Accuracy"), ("lr", "Learning rate")]
 """Ids and captions of the charts."""
 
+MULTI_LABEL_CURVES = {
+    "val/map": ("validation, mAP", "var(--vermilion)", ""),
+    "val/micro_f1": ("validation, micro F1", "var(--green)", "2 3"),
+    "val/macro_f1": ("validation, macro F1", "var(--purple)", "9 3 2 3"),
+    "val/accuracy": ("validation, accuracy", "var(--orange)", "6 2"),
+    "train/accuracy": ("train, accuracy", "var(--blue)", "6 4"),
+}
+"""Name, color and dashes of a multi-label run's curves; all but the first two are hidden at first."""
+
 
 def _charts(data: RunData) -> dict[str, Any]:
     """Return the learning curves for the page's script."""
@@ -225,11 +253,14 @@ def _charts(data: RunData) -> dict[str, Any]:
         *series("val/balanced_accuracy", "validation, balanced", "var(--green)", "2 3", shown=False),
         *series("val/top5_accuracy", "validation, top 5", "var(--purple)", "9 3 2 3", shown=False),
     ]
+    if data.is_multi_label:
+        curves = enumerate(MULTI_LABEL_CURVES.items())
+        accuracies = [each for i, (key, style) in curves for each in series(key, *style, shown=i < 2)]
     xs, ys = learning_rates(data)
     rates = {"name": "learning rate", "x": xs, "y": ys, "color": "var(--blue)"}
     return {
         "loss": {**by_epoch, "yLabel": "cross-entropy (nats)", "series": losses, "canLog": True},
-        "accuracy": {**by_epoch, "yLabel": "accuracy (%)", "series": accuracies},
+        "accuracy": {**by_epoch, "yLabel": "%" if data.is_multi_label else "accuracy (%)", "series": accuracies},
         "lr": {"xLabel": "completed epochs", "yLabel": "learning rate", "series": [rates], "canLog": True,
                "log": data.decays_by_factors, "fromZero": True},
     }  # fmt: skip

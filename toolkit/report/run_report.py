@@ -16,6 +16,7 @@ from toolkit.recipe.diagnostics import printable
 from toolkit.recipe.gpu_support import is_random
 from toolkit.report.conv_filters import choose, effect_figure, filters_figure
 from toolkit.report.data_plots import class_histogram, contact_sheet, to_images
+from toolkit.report.label_predictions import precision_recall_figure
 from toolkit.report.learning_curves import learning_curves, learning_rate_curve
 from toolkit.report.plot_style import PRINT, page_svg, plot_style, save
 from toolkit.report.prediction_metrics import Counts
@@ -39,6 +40,7 @@ from toolkit.report.test_plots import (
 from toolkit.runs import Run
 
 ON_PAGE = {
+    "precision-recall": "Precision and recall of each label",
     "reliability": "Reliability diagram",
     "class-histogram": "Images per class",
     "filters": "Filters of the first layer before and after training",
@@ -102,6 +104,7 @@ def _figures(data: RunData) -> dict[str, Callable[[], Figure]]:
     name = data.name
     figures: dict[str, Callable[[], Figure]] = {
         "loss": lambda: learning_curves(data, "loss"),
+        **({"map": lambda: learning_curves(data, "map")} if data.is_multi_label else {}),
         "accuracy": lambda: learning_curves(data, "accuracy"),
         "learning-rate": lambda: learning_rate_curve(data),
     }
@@ -110,6 +113,8 @@ def _figures(data: RunData) -> dict[str, Callable[[], Figure]]:
             figures["confusion"] = lambda: confusion_figure(f"{name}: test images", found)
         figures["class-accuracy"] = lambda: class_accuracy_figure(f"{name}: test accuracy by class", found)
         figures["reliability"] = lambda: reliability_figure(name, measured)
+    if (labels := data.label_predictions) is not None:
+        figures["precision-recall"] = lambda: precision_recall_figure(f"{name}: test images", labels)
     if data.mistakes:
         figures["mistakes"] = lambda: mistakes_figure(name, data.mistakes)
     if (filters := data.filters) is not None:
@@ -162,24 +167,31 @@ def _counts(data: RunData, images: RunImages | None) -> dict[str, Counts]:
         return counts
     if images is None or not data.split:
         raise UserError("the run did not record them, and the data set is not available")
-    labels, size = images.dataset.labels, len(images.dataset.classes)
     indices = {split: images.indices(data.split[split], f"{split} images") for split in SPLITS}
-    return {split: np.bincount(labels[found], minlength=size).astype(np.int64) for split, found in indices.items()}
+    return {split: images.dataset.class_counts(found) for split, found in indices.items()}
 
 
 def _mistakes(data: RunData, images: RunImages | None) -> list[Mistake]:
-    found = data.predictions
-    if found is None:
-        return []
+    rows: list[tuple[str, str, str, float]] = []
+    if (found := data.predictions) is not None:
+        classes, true, predicted = found.classes, found.labels, found.predictions
+        worst = found.worst(MAX_MISTAKES)
+        rows = [(found.names[i], classes[true[i]], classes[predicted[i]], found.probabilities[i]) for i in worst]
+    elif (several := data.label_predictions) is not None:
+        errors = several.largest_errors
+        rows = [
+            (several.names[i], several.text(several.labels[i]), several.text(several.predictions[i]), errors[i])
+            for i in several.worst(MAX_MISTAKES)
+        ]
     mistakes = [
         Mistake(
-            found.names[i],
-            found.classes[found.labels[i]],
-            found.classes[found.predictions[i]],
-            float(found.probabilities[i]),
-            to_shown(pixels) if images and (pixels := images.load(found.names[i])) is not None else None,
+            name,
+            label,
+            prediction,
+            float(probability),
+            to_shown(pixels) if images and (pixels := images.load(name)) is not None else None,
         )
-        for i in found.worst(MAX_MISTAKES)
+        for name, label, prediction, probability in rows
     ]
     unreadable = sum(mistake.image is None for mistake in mistakes)
     if images is not None and unreadable:
@@ -205,7 +217,8 @@ def _samples(data: RunData, images: RunImages) -> TrainingSamples:
     first: dict[int, str] = {}
     for name in data.split["train"]:
         if name in images.index:
-            first.setdefault(int(images.dataset.labels[images.index[name]]), name)
+            for label in images.dataset.labels_of(images.index[name]):
+                first.setdefault(label, name)
     loaded = {label: images.load(name) for label, name in sorted(first.items())[:MAX_SAMPLES]}
     files = {images.dataset.classes[label]: image for label, image in loaded.items() if image is not None}
     if not files:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from toolkit.errors import UserError
 from toolkit.formatting import duration
-from toolkit.metrics import CURVES, METRICS, higher_is_better, metric_of
+from toolkit.metrics import METRICS, curves_of, headline, higher_is_better, metric_of
 from toolkit.report.html import HtmlCell, HtmlRow, HtmlTable, integer, metric_cell, name, write_page
 from toolkit.report.learning_curves import points
 from toolkit.report.plot_style import page_svg, plot_style, save
@@ -107,10 +107,11 @@ def _write_page(
     started = dict.fromkeys(r.member.run for r in found.results if r.member.run and (r.epochs or r.is_finished))
     runs = [Run(folder / name) for name in started]
     environments = _environments(runs, missing)
+    curves = curves_of(record for result in found.results for record in result.epochs)
     return write_page(
         path,
         "study.html",
-        {"charts": {key.replace("/", "-"): _chart(found, key) for key in CURVES}},
+        {"charts": {key.replace("/", "-"): _chart(found, key) for key in curves}},
         title=found.title,
         subtitles=[
             *([f"Source: {found.table.source}"] if found.table.source else []),
@@ -122,7 +123,7 @@ def _write_page(
         table=html_table(main_table(found)),
         judged=[html_table(table) for table in judged_tables(agreement(found), found.claims, found.confidence)],
         by_epoch=[html_table(table) for table in build_epoch_tables(found)],
-        charts=[(key.replace("/", "-"), metric_of(key).label.capitalize()) for key in CURVES],
+        charts=[(key.replace("/", "-"), metric_of(key).title) for key in curves],
         drawn=[(Markup(svg), caption) for svg, caption in drawn],
         runs=_run_table(found, folder),
         environment=environment_table(environments),
@@ -169,8 +170,8 @@ def _cell(text: str) -> HtmlCell:
 
 def _run_table(found: StudyResults, folder: Path) -> HtmlTable:
     """Return a table with one row per run: progress, results and a link to its report."""
-    metric = found.table.metric
-    rows = []
+    metric, rows = found.table.metric, []
+    test = headline({key for result in found.results for key in result.metrics}, "test_")
     for result in found.results:
         cells = [
             name(result.member.row + ("" if result.member.fold is None else f", fold {result.member.fold}")),
@@ -178,13 +179,13 @@ def _run_table(found: StudyResults, folder: Path) -> HtmlTable:
             HtmlCell(result.state),
             integer(len(result.epochs)),
             metric_cell(metric_of(metric), result.best(metric)),
-            *(metric_cell(METRICS[key], result.metrics.get(key)) for key in ("test_accuracy", "seconds")),
+            *(metric_cell(METRICS[key], result.metrics.get(key)) for key in (test, "seconds")),
             _link(result, folder),
         ]
         rows.append(HtmlRow(cells, result.state))
     states = dict.fromkeys(result.state for result in found.results)
     buttons = [("all", ""), *((state, state) for state in states)] if len(states) > 1 else []
-    head = ["row", "seed", "state", "epochs", f"best {metric}", "test accuracy", "training time, s", "run"]
+    head = ["row", "seed", "state", "epochs", f"best {metric}", METRICS[test].label, "training time, s", "run"]
     return HtmlTable(head, rows, (1, 3, 4, 5, 6), buttons=buttons)
 
 

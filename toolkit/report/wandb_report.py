@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import RunFailed, UserError, first_line
-from toolkit.metrics import CURVES, metric_of
+from toolkit.metrics import curves_of, metric_of
 from toolkit.reading import read_json
 from toolkit.report.plot_style import CYCLE
 from toolkit.runs import Run, write_atomically
@@ -140,7 +140,8 @@ def _blocks(reports: Any, found: StudyResults, tracked: TrackedRuns, missing: Se
     rows = list(dict.fromkeys(result.member.row for result in found.results))
     runsets = [_runset(reports, project, runs, rows) for project, runs in tracked.items()]
     labels = {run_id: result.title for runs in tracked.values() for run_id, result in runs.items()}
-    captions = {**{metric: metric_of(metric).label.capitalize() for metric in CURVES}, "lr": "Learning rate"}
+    metrics = curves_of(record for result in found.results for record in result.epochs)
+    captions = {**{metric: metric_of(metric).title for metric in metrics}, "lr": "Learning rate"}
     curves = [
         reports.LinePlot(
             title=caption,

@@ -25,6 +25,7 @@ from typing import Any
 from toolkit.errors import UserError
 from toolkit.formatting import duration
 from toolkit.locks import is_held
+from toolkit.metrics import headline, metric_of
 from toolkit.reading import Shape, read_bytes, read_json, read_text, require_file
 from toolkit.runs import RUN_ID, Run, newest_run
 from toolkit.study.directory import StudyDirectory, StudyRun, failure_of, is_claimed, is_of_study, target_epoch
@@ -256,8 +257,8 @@ def state_of(run: Run, jobs: dict[str, QueueEntry] | None) -> JobStatus:
         detail = _progress(run, starts, entry)
     if state == "finished":
         best = run.summary["best"]
-        metrics = {"test accuracy": "test_accuracy", "validation accuracy": "val_accuracy"}
-        detail = next((f"{name} {best[key]:.4f}" for name, key in metrics.items() if key in best), "")
+        metrics = [headline(best, prefix) for prefix in ("test_", "val_")]
+        detail = next((f"{metric_of(key).label} {best[key]:.4f}" for key in metrics if key in best), "")
     number = current or (str(record["job"]) if record else None)
     requeued = max((start.restarts for start in starts), default=0)
     if state == "pending" and starts:

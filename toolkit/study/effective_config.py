@@ -36,6 +36,7 @@ from toolkit.models.build import ModelBundle, build_model, expected_input
 from toolkit.models.transfer import apply_transfer, param_groups
 from toolkit.recipe.catalog import weights_names
 from toolkit.recipe.schema import DataConfig, OptimizerConfig, Recipe
+from toolkit.recipe.training_schema import LOSS_KEYS
 from toolkit.training.lr_schedule import gamma_of, learning_rate
 from toolkit.training.optimizer import build_optimizer
 
@@ -267,9 +268,10 @@ def _schedule(recipe: Recipe) -> Hashable:
 
 def _loop_values(recipe: Recipe) -> Any:
     """Return the recipe values that the training loop uses directly: batches, loss, precision, speed settings."""
-    train = recipe.train.model_dump(exclude={"epochs", "best_metric", "log_every"})
+    train = recipe.train.model_dump(exclude={"epochs", "best_metric", "log_every", "loss_args"})
+    loss = {key: getattr(recipe.train.loss_args, key) for key, name in LOSS_KEYS.items() if name == recipe.train.loss}
     reading = recipe.data.model_dump(include=NOT_BUILT - {"download"})
-    return [recipe.recipe.seed, train, recipe.augment.run_on, reading]
+    return [recipe.recipe.seed, recipe.task, train, loss, recipe.augment.run_on, reading]
 
 
 PARTS = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.metrics import CURVES, best_of, higher_is_better, metric_of
+from toolkit.metrics import best_of, curves_of, higher_is_better, metric_of
 from toolkit.report.plot_style import CYCLE, plot_style, save
 from toolkit.study import plot_types
 from toolkit.study.bohb import BohbScheduler, budgets
@@ -63,13 +63,13 @@ def study_figures(found: StudyResults) -> Iterator[StudyFigure]:
 
 
 def row_curves(found: StudyResults) -> Iterator[StudyFigure]:
-    """Yield one figure with all rows of the study for each of :data:`~toolkit.metrics.CURVES`."""
-    for metric in CURVES:
+    """Yield one figure with all rows of the study for each of :func:`~toolkit.metrics.curves_of`."""
+    for metric in curves_of(record for result in found.results for record in result.epochs):
         plotted = [_curve(row, metric) for row in found.rows if row.finished]
         plotted = [curve for curve in plotted if curve.mean]
         if plotted:
             figure = plot_types.curves(plotted, metric, found.title)
-            caption = f"{metric_of(metric).label.capitalize()} by epoch"
+            caption = f"{metric_of(metric).title} by epoch"
             yield StudyFigure(f"curves-{metric.replace('/', '-')}", figure, caption, len(found.rows) > len(CYCLE))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.formatting import duration, plural
-from toolkit.metrics import higher_is_better
+from toolkit.metrics import headline, higher_is_better, metric_of
 from toolkit.runs import Run
 from toolkit.study.bohb import search_epochs
 from toolkit.study.directory import RunState, StudyDirectory, StudyRun, state_of
@@ -74,7 +74,8 @@ class StudyProgress:
     def _ended_line(self, result: RunResult) -> str:
         if result.state == "failed":
             return f"{result.title}: failed: {result.failure_reason}"
-        test = f", test accuracy {result.metrics['test_accuracy']:.4f}" if "test_accuracy" in result.metrics else ""
+        key = headline(result.metrics, "test_")
+        test = f", {metric_of(key).label} {result.metrics[key]:.4f}" if key in result.metrics else ""
         return f"{result.title}: {self.metric} {self._value(result)}{test}, {plural(len(result.epochs), 'epoch')}"
 
     def log(self, text: str) -> None:

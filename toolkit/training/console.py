@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.filenames import escape_control_characters
+from toolkit.metrics import headline, metric_of
 
 NOTE_EVERY_S = 0.5
 """Seconds between updates of the progress bar's note; computing it reads the loss, which waits for the device."""
@@ -120,7 +121,9 @@ def epoch_line(record: dict[str, Any], epochs: int, *, best: bool, images_per_s:
     """Format an epoch's log line: learning rate, metrics of training and validation, speed, BEST for the best epoch."""
     validation = ""
     if "val/loss" in record:
-        validation = f"  val loss {record['val/loss']:.4f} accuracy {record['val/accuracy']:.4f}"
+        best_known = headline(record, "val/")
+        name = metric_of(best_known).measure.label
+        validation = f"  val loss {record['val/loss']:.4f} {name} {record[best_known]:.4f}"
     return (
         f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  lr {record['lr']:.3g}"
         f"  train loss {record['train/loss']:.4f} accuracy {record['train/accuracy']:.4f}"
@@ -130,7 +133,8 @@ def epoch_line(record: dict[str, Any], epochs: int, *, best: bool, images_per_s:
 
 def summary_table(summary: dict[str, Any]) -> str:
     """Format the summary table: validation and test metrics of the best and the last model, if the run has them."""
-    known = ("val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_balanced_accuracy")
+    known = ("val_loss", "val_accuracy", "val_map", "test_loss", "test_accuracy", "test_balanced_accuracy", "test_map",
+             "test_micro_f1")  # fmt: skip
     metrics = [metric for metric in known if metric in summary["best"]]
     rows = [
         (name, str(summary[name]["epoch"]), *(f"{summary[name][metric]:.4f}" for metric in metrics))

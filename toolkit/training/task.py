@@ -53,8 +53,9 @@ class SingleLabel:
     """Each image has exactly one of ``classes`` classes."""
 
     classes: int
+    thresholds: None = None
     is_tuned: Literal[False] = False
-    """There are no thresholds to choose."""
+    """There are no thresholds: the most probable class is predicted."""
     kind: Literal["single_label"] = "single_label"
     reproduced: tuple[str, ...] = ("loss", "accuracy")
     """Metrics that the saved weights must reproduce up to rounding."""

@@ -410,7 +410,8 @@ class MatrixChart {
     const value = this.values.get(row * this.count + column) || 0, support = this.spec.support[row];
     const share = support ? ` (${format((100 * value) / support)} %)` : "";
     const [truth, found] = [this.spec.names[row], this.spec.names[column]];
-    this.readout.textContent = `true ${truth}, predicted ${found}: ${value} of ${support} images${share}`;
+    const words = this.spec.words || ["true", "predicted"];
+    this.readout.textContent = `${words[0]} ${truth}, ${words[1]} ${found}: ${value} of ${support} images${share}`;
   }
 }
 

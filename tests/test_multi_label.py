@@ -1,0 +1,334 @@
+"""Both kinds of task through everything that follows a recipe: training, caches, resuming, studies, commands."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli import toolkit
+from finished import CONVNET
+from sklearn import metrics as oracle
+from test_tracking import history
+from trainers import Trainers, at_call, kill_self
+
+from toolkit.inference.export import PROBABILITIES
+from toolkit.metrics import measures_of
+from toolkit.runs import Run, open_run
+from toolkit.training.train_step import TrainStep
+from toolkit.training.trained_model import load_model
+
+pytestmark = pytest.mark.long
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+KINDS = ("single_label", "multi_label")
+RECIPE = """
+[recipe]
+name = "small"
+run_root = {runs}
+
+[task]
+kind = "{kind}"
+
+[data]
+dataset = "table"
+table = {table}
+channels = 1
+image_size = [8, 16]
+workers = 0
+
+[data.columns]
+split = "split"
+label = {label}
+
+[optimizer]
+name = "sgd"
+lr = 0.5
+
+[train]
+epochs = 2
+batch_size = 32
+precision = "no"
+
+[checkpoint]
+every_steps = 2
+
+[tracking]
+trackers = []
+"""
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write 200 images of two digits, with a column for their labels and one for the first of these."""
+    spec = importlib.util.spec_from_file_location("two_digits", RECIPES / "two_digits.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    path: Path = module.write(tmp_path_factory.mktemp("digits"), {"train": 96, "validation": 50, "test": 54})
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["image", "label", "split", "first"])
+        writer.writeheader()
+        writer.writerows({**row, "first": row["label"].partition(";")[0]} for row in rows)
+    return path
+
+
+def settings(*values: str) -> list[str]:
+    return [part for value in values for part in ("--set", value)]
+
+
+def write_recipe(folder: Path, kind: str, table: Path, more: str = CONVNET) -> Path:
+    path, column = folder / f"{kind}.toml", "label" if kind == "multi_label" else "first"
+    text = RECIPE.format(
+        kind=kind, runs=json.dumps(str(folder / "runs")), table=json.dumps(str(table)), label=json.dumps(column)
+    )
+    separator = 'label_separator = ";"\n' if kind == "multi_label" else ""
+    path.write_text(text.replace("channels = 1\n", f"channels = 1\n{separator}") + more)
+    return path
+
+
+def train(path: Path, *values: str) -> Run:
+    found = toolkit("train", path, "--no-report", *settings(*values))
+    assert found.status == 0, found.stderr
+    return open_run(found.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, table: Path) -> Run:
+    """Train a run of each kind for two epochs, the second of which is worse."""
+    folder = tmp_path_factory.mktemp(request.param)
+    path = write_recipe(folder, request.param, table)
+    worse = 'scheduler={ name = "one_cycle", pct_start = 0.9, start_factor = 0.001 }'
+    return train(path, worse, "optimizer.lr=40.0", "train.epochs=3", "train.ema=0.5")
+
+
+def kind_of(run: Run) -> str:
+    return run.recipe.task.kind
+
+
+# -- a trained run ----------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_has_the_metrics_of_the_kind_of_task(run: Run) -> None:
+    names = {f"{split}_{name}" for split in ("val", "test") for name in measures_of(kind_of(run))}
+    assert set(run.summary["best"]) == {"epoch", *names}
+    assert run.summary["best"]["epoch"] < run.summary["last"]["epoch"], "the two models must differ"
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_evaluate_reproduces_both_models(run: Run, split: str) -> None:
+    found = toolkit("evaluate", run.path, "--split", split)
+    assert found.status == 0
+    assert (
+        found.stdout.splitlines()[-1] == f"all {2 * len(measures_of(kind_of(run)))} metrics equal those of summary.json"
+    )
+    if split == "test":
+        assert "predictions.csv: 54 of 54 rows are the same" in found.stdout
+
+
+def test_predictions_and_class_metrics_equal_scikit_learn_s(run: Run) -> None:
+    """Everything is computed from the files alone."""
+    best, classes = run.summary["best"], run.model_card["classes"]
+    with (run.path / "class_metrics.csv").open(newline="") as file:
+        of_class = list(csv.DictReader(file))
+    if kind_of(run) == "single_label":
+        rows = run.predictions()
+        labels, decided = ([row[column] for row in rows] for column in ("label", "prediction"))
+        expected = oracle.precision_recall_fscore_support(labels, decided, labels=classes, zero_division=0)
+        assert best["test_accuracy"] == pytest.approx(oracle.accuracy_score(labels, decided), abs=1e-9)
+    else:
+        rows = run.predictions(classes)
+        truth, found = (
+            np.array([[name in row[column].split(";") for name in classes] for row in rows])
+            for column in ("labels", "predictions")
+        )
+        scores = np.array([[float(row[f"probability of {name}"]) for name in classes] for row in rows])
+        thresholds = np.array(run.model_card["task"]["thresholds"])
+        assert (found == (scores >= thresholds)).all()
+        assert not np.allclose(thresholds, 0.5), "they are chosen on the validation images"
+        expected = oracle.precision_recall_fscore_support(truth, found, zero_division=0)
+        precisions = [oracle.average_precision_score(truth[:, k], scores[:, k]) for k in range(10)]
+        areas = [oracle.roc_auc_score(truth[:, k], scores[:, k]) for k in range(10)]
+        assert best["test_map"] == pytest.approx(np.mean(precisions), abs=1e-9)
+        assert best["test_auroc"] == pytest.approx(np.mean(areas), abs=1e-9)
+        assert best["test_micro_f1"] == pytest.approx(oracle.f1_score(truth, found, average="micro"), abs=1e-9)
+        assert best["test_accuracy"] == pytest.approx(oracle.accuracy_score(truth, found), abs=1e-9)
+        np.testing.assert_allclose([float(row["average_precision"]) for row in of_class], precisions, atol=1e-8)
+    for column, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
+        np.testing.assert_allclose([float(row[column]) for row in of_class], values, atol=1e-8)
+
+
+def test_the_report_shows_what_the_kind_of_task_has(run: Run) -> None:
+    assert toolkit("report", run.path).status == 0
+    page, drawn = run.report_file.read_text(), {path.stem for path in run.figures.iterdir()}
+    shown, hidden = {"precision-recall", "map"}, {"confusion", "class-accuracy", "reliability"}
+    if kind_of(run) == "single_label":
+        shown, hidden = hidden, shown
+    assert shown <= drawn
+    assert not hidden & drawn
+    assert "cannot be shown" not in page
+    assert ("average precision" in page) == (kind_of(run) == "multi_label")
+    assert ("Calibration" in page) == (kind_of(run) == "single_label")
+
+
+def test_predict_lists_the_class_or_all_labels_above_their_thresholds(run: Run, table: Path) -> None:
+    found = toolkit("predict", run.path, table.parent / "test", "--format", "json")
+    assert found.status == 0, found.stderr
+    listed = {Path(each["path"]).name: each["predictions"] for each in json.loads(found.stdout)}
+    column, classes = (
+        ("prediction", None) if kind_of(run) == "single_label" else ("predictions", run.model_card["classes"])
+    )
+    for row in run.predictions(classes):
+        predictions = listed[Path(row["path"]).name]
+        assert {each["class"] for each in predictions} == set(filter(None, row[column].split(";")))
+        probabilities = [each["probability"] for each in predictions]
+        assert probabilities == sorted(probabilities, reverse=True)
+    lines = toolkit("predict", run.path, table.parent / "test").stdout.splitlines()
+    columns = "path,prediction,probability" if classes is None else "path,predictions,probabilities"
+    assert (lines[0], len(lines)) == (columns, 55)
+    two = json.loads(toolkit("predict", run.path, table.parent / "test", "-k", "2", "--json").stdout)
+    assert {len(each["predictions"]) for each in two} == {2}, "regardless of thresholds"
+
+
+def test_an_exported_model_carries_kind_and_thresholds(run: Run, tmp_path: Path, table: Path) -> None:
+    for name in ("safetensors", "torch-export"):
+        assert toolkit("export", run.path, "--format", name, "--out", tmp_path / name).status == 0
+        card = json.loads((tmp_path / name / "preprocessing.json").read_text())
+        assert card["task"] == run.model_card["task"]
+        assert card["probabilities"] == PROBABILITIES[kind_of(run)]
+    images = table.parent / "test"
+    own, exported = (
+        json.loads(toolkit("predict", model, images, "--json").stdout) for model in (run.path, tmp_path / "safetensors")
+    )
+    assert [predicted(each) for each in own] == [predicted(each) for each in exported]
+    trained, program = load_model(run.path), torch.export.load(tmp_path / "torch-export" / "model.pt2").module()
+    inputs = torch.rand(5, 1, 8, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(trained.module(inputs), program(inputs), atol=1e-4, rtol=1e-4)
+
+
+def predicted(image: dict[str, Any]) -> set[str]:
+    return {each["class"] for each in image["predictions"]}
+
+
+def test_explain_shows_the_prediction_or_each_label_predicted_or_missed(run: Run, tmp_path: Path) -> None:
+    found = toolkit("explain", run.path, "--worst", "2", "--out", tmp_path, "--json")
+    assert found.status == 0, found.stderr
+    rows = json.loads(found.stdout)
+    assert len({row["path"] for row in rows}) == 2
+    if kind_of(run) == "single_label":
+        assert len(rows) == 2
+        assert all(row["prediction"] != row["label"] for row in rows)
+    else:
+        recorded = {row["path"]: row for row in run.predictions(run.model_card["classes"])}
+        for path in {row["path"] for row in rows}:
+            wanted = {*recorded[path]["labels"].split(";"), *recorded[path]["predictions"].split(";")} - {""}
+            assert {row["prediction"] for row in rows if row["path"] == path} == wanted
+    assert len(list(tmp_path.glob("*.png"))) == len(rows)
+
+
+def test_evaluate_data_on_a_copy_of_the_test_images_gives_the_test_metrics(run: Run, table: Path) -> None:
+    found = toolkit("evaluate", run.path, "--data", table, "--split", "test", "--json")
+    assert found.status == 0, found.stderr
+    metrics = json.loads(found.stdout)["metrics"]
+    assert {f"test_{name}": value for name, value in metrics.items()} == {
+        name: value for name, value in run.summary["best"].items() if name.startswith("test_")
+    }
+    shutil.rmtree(run.path / "evaluations")
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("augment={ mixup = 0.4, cutmix = 1.0, label_smoothing = 0.1 }", 'train.class_weights="balanced"'),
+        ('early_stopping={ patience = 1, metric = "val/macro_f1" }', 'scheduler={ name = "plateau", patience = 0 }',
+         'train.loss="asymmetric"', "train.class_weights={ one = 2.0 }", 'train.best_metric="val/macro_f1"'),
+        ('train.loss="focal"', "data.split.validation=0", 'train.best_metric="last"', "task.threshold=0.4"),
+    ],
+    ids=["mixing and weights", "stopping and plateau", "no validation"],
+)  # fmt: skip
+def test_training_options_work_with_both_kinds(tmp_path: Path, table: Path, kind: str, more: tuple[str, ...]) -> None:
+    run = train(write_recipe(tmp_path, kind, table), *more)
+    assert np.isfinite([record["train/loss"] for record in run.epochs()]).all()
+    if kind == "multi_label" and "task.threshold=0.4" in more:
+        assert set(run.model_card["task"]["thresholds"]) == {0.4}
+        rows = run.predictions(run.model_card["classes"])
+        for row in rows:
+            above = [name for name in run.model_card["classes"] if float(row[f"probability of {name}"]) >= 0.4]
+            assert row["predictions"] == ";".join(above)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_is_resumed_to_the_same_bytes_and_two_processes_give_the_same_metrics(
+    tmp_path: Path, table: Path, kind: str
+) -> None:
+    path, runs = write_recipe(tmp_path, kind, table), [tmp_path / name for name in ("one", "killed", "two")]
+    roots = [settings(f"recipe.run_root={json.dumps(str(root))}") for root in runs]
+    for processes, root, prepare in zip((1, 1, 2), roots, (None, kill_at_fifth_step, None), strict=True):
+        trainers = Trainers(processes, tmp_path, path, *root, prepare=prepare)
+        assert set(trainers.wait()) == {0 if prepare is None else -9}, trainers.text()
+    plain, killed, two = (open_run(next((root / "small").iterdir())) for root in runs)
+    assert Trainers(1, tmp_path, path, *roots[1], "--resume", killed.path).wait() == [0]
+    assert killed.model_card["task"] == plain.model_card["task"]
+    for name in ("metrics.jsonl", "predictions.csv", "class_metrics.csv"):
+        assert (killed.path / name).read_bytes() == (plain.path / name).read_bytes(), name
+    for record, other in zip(plain.epochs(), two.epochs(), strict=True):
+        assert other == pytest.approx(record, rel=1e-3, abs=1e-3)
+
+
+def kill_at_fifth_step(rank: int) -> None:
+    at_call(TrainStep, "_update", 5, kill_self)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_features_give_the_metrics_of_images(tmp_path: Path, table: Path, kind: str) -> None:
+    first = train(write_recipe(tmp_path, kind, table), "train.epochs=1")
+    linear = (f"model.weights={json.dumps(f'file:{first.best_weights}')}", 'transfer.mode="linear_probe"')
+    path = tmp_path / f"{kind}.toml"
+    cached, plain = (train(path, *linear, f'data.cache="{cache}"') for cache in ("auto", "off"))
+    assert "computed once" in cached.summary["cached"][0]
+    assert plain.summary["cached"] == []
+    for name, value in plain.summary["best"].items():
+        assert cached.summary["best"][name] == pytest.approx(value, abs=1e-4), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_study_has_a_table_and_a_page(tmp_path: Path, table: Path, kind: str) -> None:
+    path = write_recipe(tmp_path, kind, table, CONVNET + '\n[study.grid]\n"optimizer.lr" = [0.1, 0.5]\n')
+    folder = tmp_path / "runs" / "small"
+    assert toolkit("study", path).status == 0
+    printed = toolkit("table", folder).stdout
+    assert ("val. mAP %" in printed) == (kind == "multi_label")
+    assert ("val. acc. %" in printed) == (kind == "single_label")
+    assert toolkit("report", folder).status == 0
+    page = (folder / "report.html").read_text()
+    assert ("Validation mAP" in page) == (kind == "multi_label")
+
+
+def test_w_and_b_gets_the_metrics_of_labels_offline(tmp_path: Path, table: Path) -> None:
+    offline = 'tracking={ trackers = ["wandb"], mode = "offline" }'
+    run = train(write_recipe(tmp_path, "multi_label", table), offline, "train.epochs=1")
+    assert {"val/map", "val/auroc", "val/micro_f1"} <= set(run.epochs()[0])
+    assert history(run, "offline-run-*") == run.metrics()
+
+
+def test_the_data_report_counts_labels(tmp_path: Path, table: Path) -> None:
+    found = toolkit("data", write_recipe(tmp_path, "multi_label", table), "--json")
+    assert found.status == 0, found.stderr
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with_one = sum("one" in row["label"].split(";") for row in rows if row["split"] == "train")
+    assert json.loads(found.stdout)["images_per_class"]["one"]["train"] == with_one
+    assert json.loads(found.stdout)["images"]["train"] == 96
