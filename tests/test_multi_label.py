@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from finished import CONVNET
 from sklearn import metrics as oracle
 from test_tracking import history
 from trainers import Trainers, at_call, kill_self
+from two_digits import write_two_digits
 
 from toolkit.inference.export import PROBABILITIES
 from toolkit.metrics import measures_of
@@ -25,7 +26,6 @@ from toolkit.training.trained_model import load_model
 
 pytestmark = pytest.mark.long
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 KINDS = ("single_label", "multi_label")
 RECIPE = """
 [recipe]
@@ -66,12 +66,7 @@ trackers = []
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write 200 images of two digits, with a column for their labels and one for the first of these."""
-    spec = importlib.util.spec_from_file_location("two_digits", RECIPES / "two_digits.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    path: Path = module.write(tmp_path_factory.mktemp("digits"), {"train": 96, "validation": 50, "test": 54})
+    path = write_two_digits(tmp_path_factory.mktemp("digits"), 96, 50, 54)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     with path.open("w", newline="") as file:
@@ -319,7 +314,11 @@ def test_a_study_has_a_table_and_a_page(tmp_path: Path, table: Path, kind: str) 
 
 def test_w_and_b_gets_the_metrics_of_labels_offline(tmp_path: Path, table: Path) -> None:
     offline = 'tracking={ trackers = ["wandb"], mode = "offline" }'
-    run = train(write_recipe(tmp_path, "multi_label", table), offline, "train.epochs=1")
+    path = write_recipe(tmp_path, "multi_label", table)
+    trainers = Trainers(1, tmp_path, path, *settings(offline, "train.epochs=1"))  # W&B needs a process of its own
+    assert trainers.wait() == [0], trainers.text()
+    (folder,) = (tmp_path / "runs" / "small").iterdir()
+    run = open_run(folder)
     assert {"val/map", "val/auroc", "val/micro_f1"} <= set(run.epochs()[0])
     assert history(run, "offline-run-*") == run.metrics()
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cli import toolkit
+from two_digits import write_two_digits
 
 from toolkit.augment.transforms import build_transform
 from toolkit.data.datasets import open_dataset
@@ -253,18 +254,26 @@ def test_every_shipped_recipe_is_in_the_list_of_dry_runs() -> None:
               "vgg16_caltech", "vgg11bn_cifar10_frozen", "vgg11bn_cifar10_finetune", "vgg11bn_cifar10_scratch",
               "convnet_cifar10", "convnet_cifar10_batchnorm", "convnet_cifar10_dropout", "convnet_cifar10_augment",
               "colbertaldo_fast", "colbertaldo_best", "efficientnet_lite0_caltech",
-              "efficientnet_lite0_caltech_finetune", "vit_small_caltech"}  # fmt: skip
+              "efficientnet_lite0_caltech_finetune", "vit_small_caltech", "two_digits"}  # fmt: skip
     assert {Path(name).stem for name in SHIPPED} >= wanted
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_passes_a_dry_run(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caltech_subset: Path, cifar_subset: Path
+    name: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caltech_subset: Path,
+    cifar_subset: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = ["train.batch_size=4", "train.drop_last=false"]
     if "caltech" in name:
         settings += [f"data.root={json.dumps(str(caltech_subset))}"]
+    elif name == "two_digits.toml":
+        table = write_two_digits(tmp_path_factory.mktemp("digits"), 40, 20, 20)
+        settings += [f"data.table={json.dumps(str(table))}"]
     elif name != "quickstart.toml":
         # torchvision's CIFAR10 needs the original files, which are unavailable here; folders have the same images.
         settings += ['data.dataset="imagefolder"', f"data.root={json.dumps(str(cifar_subset))}",
