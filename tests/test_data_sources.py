@@ -312,6 +312,20 @@ def test_a_table_whose_rows_changed_is_not_resumed_from(images: Path, tmp_path: 
             fit(recipe, resume=run.path, quiet=True)
 
 
+def test_missing_files_are_named_before_training(tmp_path: Path) -> None:
+    """With a wrong folder no file is there, so the message says where the first one should be."""
+    rows = [(f"train/{i}.png", str(i % 2), "") for i in range(20)]
+    data = csv_table(rows, tmp_path).replace('columns = { split = "split" }', "")
+    for recipe_data, expected in ((data, str(tmp_path / "train")), (f'{data}\nroot = "elsewhere"', "elsewhere/train")):
+        recipe = load_recipe(write_recipe(lambda images, folder, data=recipe_data: data, tmp_path, tmp_path))
+        with pytest.raises(UserError) as caught:
+            fit(recipe, quiet=True)
+        message = str(caught.value)
+        assert message.startswith("20 of 20 images cannot be read: train/")
+        assert message.count(".png: no such file (row ") == 10
+        assert f"(the first one should be at {expected}/" in message
+
+
 def test_bad_rows_are_left_out_and_duplicates_found_in_a_table(images: Path, tmp_path: Path) -> None:
     rows = [row for row in rows_of(images) if row[2] == "train"]
     contents = [(images / path).read_bytes() for path, _, _ in rows]

@@ -39,6 +39,9 @@ from toolkit.training.ema import short_run_warning
 from toolkit.training.single_value_batches import check_single_value_batches
 from toolkit.training.task import Task, build_task, check_label_splits, check_labels
 
+SHOWN = 10
+"""Number of unreadable images in a message."""
+
 
 @dataclass
 class TrainingContext:
@@ -234,8 +237,10 @@ def _without_bad_images(
     if not bad:
         return splits, []
     named = [f"{dataset.images.name(index)}: {reason}" for index, reason in bad]
-    shown = "; ".join(named[:5]) + ("; ..." if len(named) > 5 else "")
+    shown = "; ".join(named[:SHOWN]) + ("; ..." if len(named) > SHOWN else "")
     total = sum(len(indices) for indices in splits.values())
+    if len(bad) == total and isinstance(dataset.images, EncodedImages):
+        shown += f" (the first one should be at {dataset.images.source.location(bad[0][0])})"
     if recipe.data.on_bad_image != "skip":
         raise UserError(
             f"{len(bad)} of {total} images cannot be read: {shown}. Repair or remove them, or set "
