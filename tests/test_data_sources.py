@@ -21,6 +21,7 @@ from PIL import Image
 from pyarrow import parquet
 from trainers import Trainers, at_call, kill_self, outcome
 
+from toolkit.cache.store import cache_root
 from toolkit.data.dataset_report import analyze_dataset
 from toolkit.data.shard_pack import pack
 from toolkit.errors import UserError
@@ -341,3 +342,21 @@ def test_bad_rows_are_left_out_and_duplicates_found_in_a_table(images: Path, tmp
     found = analyze_dataset(recipe, lambda line: None)
     assert found.unreadable[0][0] == "images.parquet/4"
     assert found.duplicates.contradicting == [["images.parquet/13", "images.parquet/61"]]
+
+
+def test_a_killed_run_whose_order_needs_few_shards_continues_with_a_cache_for_a_few(
+    images: Path, expected: dict[int, dict[str, Any]], tmp_path: Path
+) -> None:
+    def few_shards(images: Path, folder: Path) -> str:
+        limit = 4.5 * 30_720 / 2**30  # of 11 shards of this size
+        return f'{from_url(images, folder)}\nshuffle_shards = 2\ncache_limit = {limit}\ncache = "off"'
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole = outcome(train(2, tmp_path / "whole", write_recipe(few_shards, images, tmp_path / "whole")))
+    assert whole["weights"] != expected[2]["weights"]
+    recipe = write_recipe(few_shards, images, tmp_path / "killed")
+    killed = train(2, tmp_path / "killed", recipe, status=-9, prepare=partial(kill_at_step, 6))
+    same(train(2, tmp_path / "killed", recipe, "--resume", str(killed.path)), whole)
+    caches = [list(entry.glob("*.tar")) for entry in cache_root().iterdir() if entry.name.startswith("shards-")]
+    assert [len(shards) for shards in caches if shards] == [4, 4]
