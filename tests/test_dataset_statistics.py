@@ -107,3 +107,17 @@ def test_divided_groups_and_duplicates_across_groups_are_reported(tmp_path: Path
     assert "leakage    1 groups have images in both train and test" in found["text"]
     assert "groups     1 images are in more than one group\n  1.png = 5.png" in found["text"]
     assert "stored as  PNG, 3 x 8 bits (5); PNG, 1 x 8 bits (1)" in found["text"]
+
+
+def test_labels_and_pairs_of_labels_are_reported(tmp_path: Path) -> None:
+    """Images 1 and 5 are equal, with other labels."""
+    labels = [["a", "b"], ["b"], ["a", "b", "c"], ["a"], [], ["c"]]
+    splits = ["train", "train", "train", "val", "test", "test"]
+    rows = [row(i, found, splits[i], f"p{i}") for i, found in enumerate(labels)]
+    found = analyzed(tmp_path, rows, 'task.kind="multi_label"')
+    assert found["images_per_class"]["b"] == {"train": 3, "validation": 0, "test": 0}
+    assert found["labels_per_image"] == {"0": 1, "1": 3, "2": 1, "3": 1}
+    pairs = [(pair["labels"], pair["images"]) for pair in found["label_pairs"]]
+    assert pairs == [(["a", "b"], 2), (["a", "c"], 1), (["b", "c"], 1)]
+    assert found["duplicates"]["of_more_than_one_class"] == [["1.png", "5.png"]]
+    assert "  a and b: 2 (67 % of a, 67 % of b)" in found["text"]

@@ -29,8 +29,9 @@ SEPARATORS = (";", "|", ",", "\t", " / ")
 """Separators of several labels in a CSV or TSV file, in order of preference."""
 
 SOURCE_KEYS = frozenset({
-    "dataset", "name", "args", "root", "table", "columns", "class_names", "label_separator", "download", "split",
-    "class_folders", "background_class", "images_per_class", "test_images_per_class",
+    "dataset", "name", "args", "root", "table", "columns", "class_names", "label_separator", "shuffle_shards",
+    "cache_limit", "download", "split", "class_folders", "background_class", "images_per_class",
+    "test_images_per_class",
 })  # fmt: skip
 """Keys of [data] that say which images are read; the others say how they are read, and stay as they are."""
 
