@@ -10,6 +10,7 @@ import pytest
 from cli import toolkit
 from studies import BASE, study_folder
 from study_folders import FakeRun, write_study
+from two_digits import write_two_digits
 
 from toolkit.recipe.diagnostics import RecipeError
 from toolkit.study.directory import FOLD, StudyDirectory
@@ -112,6 +113,57 @@ def test_each_image_is_predicted_once_out_of_its_fold(tmp_path: Path) -> None:
     outcome = toolkit("table", study.path, "--out-of-fold", file)
     assert outcome.status == 2
     assert "row 'small', seed 0 need all 3 folds, but fold 2 is paused" in outcome.stderr
+
+
+MULTI_LABEL = """
+[recipe]
+name = "small"
+run_root = {runs}
+
+[task]
+kind = "multi_label"
+
+[data]
+dataset = "table"
+table = {table}
+label_separator = ";"
+image_size = [8, 16]
+workers = 0
+split = {{ folds = 2 }}
+
+[model]
+source = "toolkit"
+convnet = {{ blocks = [{{ channels = 4, pool = 2 }}] }}
+
+[optimizer]
+name = "sgd"
+lr = 0.5
+
+[train]
+epochs = 1
+batch_size = 32
+
+[tracking]
+trackers = []
+
+[study.grid]
+data.split.fold = [0, 1]
+"""
+
+
+@pytest.mark.long
+def test_images_with_several_labels_are_predicted_once(tmp_path: Path) -> None:
+    table = write_two_digits(tmp_path / "digits", 60, 30, 30)
+    path, file = tmp_path / "study.toml", tmp_path / "oof.csv"
+    path.write_text(MULTI_LABEL.format(runs=json.dumps(str(tmp_path / "runs")), table=json.dumps(str(table))))
+    assert toolkit("study", path, "--yes").status == 0
+    outcome = toolkit("table", study_folder(tmp_path).path, "--out-of-fold", file)
+    assert outcome.status == 0, outcome.stderr
+    rows, labels = (list(csv.DictReader(each.open(newline=""))) for each in (file, table))
+    assert {row["path"]: set(row["labels"].split(";")) for row in rows} == {
+        row["image"]: set(row["label"].split(";")) for row in labels
+    }
+    assert len(rows) == 120
 
 
 @pytest.mark.long
