@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.model_selection import StratifiedGroupKFold
 
 from toolkit.data.datasets import Dataset
 from toolkit.data.image_sources import InMemoryImages
@@ -82,6 +83,20 @@ def test_groups_are_stratified_as_well_as_possible() -> None:
     assert deviations["stratified"] < deviations["random"] / 2
 
 
+def test_group_folds_are_as_good_as_scikit_learns() -> None:
+    ours, theirs = [], []
+    for seed in range(10):
+        labels, groups = patients(seed)
+        folds = np.zeros(600, dtype=np.int64)
+        splitter = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+        for fold, (_, test) in enumerate(splitter.split(labels, labels, groups)):
+            folds[test] = fold
+        for found, parts in ((ours, group_parts(groups, labels, [0.2] * 5, seed)), (theirs, folds)):
+            counts = np.stack([np.bincount(labels[parts == fold], minlength=3) for fold in range(5)])
+            found.append(np.abs(counts / np.bincount(labels) - 0.2).mean())
+    assert np.mean(ours) < 1.1 * np.mean(theirs)
+
+
 def test_groups_of_one_image_are_stratified_like_images() -> None:
     labels = np.repeat([0, 1, 2], [100, 50, 10])
     parts = group_parts(np.arange(160), labels, [0.1, 0.9], 0)
@@ -103,6 +118,14 @@ def test_iterative_stratification_keeps_the_fraction_of_every_label(shares: list
     assert np.abs(np.bincount(parts) - np.array(shares) * len(labels)).max() < 0.02 * len(labels)
     assert np.array_equal(parts, iterative_stratification(labels, shares, 3))
     assert not np.array_equal(parts, iterative_stratification(labels, shares, 4))
+
+
+def test_parts_are_the_same_on_every_machine() -> None:
+    """Recorded once: with other parts, new results would not be comparable with earlier ones."""
+    groups, labels = np.array([3, 3, 1, 1, 1, 2, 0, 0, 5, 4]), np.array([0, 1, 0, 0, 1, 1, 0, 1, 1, 0])
+    assert group_parts(groups, labels, [0.3, 0.7], 7).tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 1, 1]
+    several = np.array([[1, 0], [1, 1], [0, 1], [0, 0], [1, 0], [0, 1], [1, 1], [0, 0]], dtype=np.uint8)
+    assert iterative_stratification(several, [0.25, 0.75], 7).tolist() == [1, 0, 1, 0, 1, 1, 1, 1]
 
 
 def test_splits_of_a_multi_label_data_set() -> None:

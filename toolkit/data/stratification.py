@@ -5,6 +5,7 @@ All randomness is keyed by the arguments ``key``; the results depend on nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,12 +88,13 @@ def group_parts(groups: IntArray, labels: Labels | None, shares: Sequence[float]
     placed = np.zeros(len(sizes), dtype=np.int64)
     order = keyed_permutation(len(sizes), *key)
     # Groups of similar size stay in random order, so that other keys give other parts.
-    for group in order[np.argsort(-np.floor(np.log2(sizes[order])), kind="stable")]:
+    for group in order[np.argsort(-np.frexp(sizes[order])[1], kind="stable")]:
         own = slice(starts[group], starts[group + 1])
         label, count = label_of_pair[own], counts[own]
         excess = found[:, label] - fractions * totals[label]
-        change = ((2 * excess + count) * count / totals[label] ** 2).sum(1) / fractions[:, 0]
-        part = int(np.argmin(change))
+        changes = (2 * excess + count) * count / totals[label] ** 2 / fractions
+        # The exact sum: the last bit of NumPy's may differ between processors, and so decide between equals.
+        part = int(np.argmin([math.fsum(row) for row in changes.tolist()]))
         placed[group] = part
         found[part, label] += count
     return placed[of_group]
