@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from accelerate import Accelerator
 
 from toolkit.data.dataloader import SplitDataset
@@ -105,6 +106,8 @@ def evaluate_data(
     images = SplitDataset(dataset.images, labels, indices, trained.transform, recipe.recipe.seed)
     loader = split_loader(run, images, run.processes, accelerator)
     module, channels_last = trained.module.to(accelerator.device), recipe.train.channels_last
+    if channels_last:
+        module.to(memory_format=torch.channels_last)
     try:
         result = evaluate(
             module,
