@@ -20,6 +20,7 @@ from PIL import Image
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.image_sources import EncodedImages, UnreadableImageError, check_images
 from toolkit.errors import UserError
+from toolkit.inference.evaluate_data import data_config
 from toolkit.recipe import RecipeError, load_recipe
 from toolkit.recipe.schema import DataConfig
 from toolkit.report.run_images import open_run_images
@@ -217,6 +218,14 @@ def test_roots_with_the_same_name_are_told_apart_and_none_is_read_twice(folder: 
     assert {data.images.name(i).rpartition("images/")[0] for i in range(7)} == {f"{tmp_path.name}/", "other/"}
     with pytest.raises(UserError, match=r"is in .*, so that its images would be used twice"):
         open_([folder, tmp_path / "other/../images/train"])
+
+
+def test_an_archive_can_be_evaluated(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        f'[recipe]\nname = "x"\n[data]\ndataset = "imagefolder"\nimage_size = 8\n{REST}'
+    )
+    data = open_dataset(data_config(str(zipped(folder)), load_recipe(tmp_path / "recipe.toml"), None))
+    assert (data.classes, len(data.labels)) == (["cat", "dog"], 5)
 
 
 def test_roots_that_were_moved_are_found_in_the_folder_that_holds_them(folder: Path, tmp_path: Path) -> None:

@@ -242,9 +242,9 @@ def test_a_source_gives_the_same_run_as_folders(
     assert [row["prediction"] for row in rows] == [row["prediction"] for row in run.predictions()]
     shown = load_run_data(run)  # a report takes its images from here; figures are the same for all sources
     pictures = open_run_images(run.recipe, shown.preprocessing, shown.classes)
-    for row in run.predictions():
-        content = images.joinpath(*Path(row["path"]).parts[-3:]).with_suffix(".png")  # split, class, file
-        assert np.array_equal(pictures.load(row["path"])[..., 0], np.asarray(Image.open(content)))
+    tests = [images / path for path, _, split in rows_of(images) if split == "test"]
+    for row, path in zip(run.predictions(), tests, strict=True):
+        assert np.array_equal(pictures.load(row["path"])[..., 0], np.asarray(Image.open(path)))
 
 
 def test_a_report_shows_the_images_of_a_table(images: Path, tmp_path: Path) -> None:
