@@ -105,14 +105,23 @@ def test_another_number_of_channels_is_a_fault_of_the_image(tmp_path: Path) -> N
     np.save(tmp_path / "a.npy", noise(9, 40, 5))
     tifffile.imwrite(tmp_path / "a.tif", noise(9, 40, 5), photometric="minisblack", planarconfig="contig")
     Image.fromarray(noise(9, 40, 3)).save(tmp_path / "a.png")
+    advice = "(if all images are like it, set data.channels = {})"
     for name in ("a.npy", "a.tif"):
-        assert reason(tmp_path / name, 8) == "it has 5 channels, but data.channels is 8"
-        assert reason(tmp_path / name, 3) == "it has 5 channels, but data.channels is 3"
-    assert reason(tmp_path / "a.png", 5) == "it has 3 channels, but data.channels is 5"
+        for channels in (8, 3):
+            expected = f"it has 5 channels, but data.channels is {channels} {advice.format(5)}"
+            assert reason(tmp_path / name, channels) == expected
+    assert reason(tmp_path / "a.png", 5) == f"it has 3 channels, but data.channels is 5 {advice.format(3)}"
     np.save(tmp_path / "text.npy", np.array([["a"]]))
     assert "not numbers" in reason(tmp_path / "text.npy", 3)
     np.save(tmp_path / "flat.npy", noise(9))
     assert "an array of shape [9] is not an image" in reason(tmp_path / "flat.npy", 3)
+
+
+def test_images_in_memory_are_not_given_channels_that_they_do_not_have() -> None:
+    assert InMemoryImages(noise(2, 9, 12, 5), "toy", 5).load(0).shape == (9, 12, 5)
+    for found, wanted in ((1, 5), (3, 5), (5, 3)):
+        with pytest.raises(UserError, match=rf"toy have {found} channels?, but data.channels is {wanted}"):
+            InMemoryImages(noise(2, 9, 12, found), "toy", wanted)
 
 
 def test_a_damaged_or_cut_array_is_found_before_training(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ epochs = 30
 batch_size = 64
 """
 PLAIN = ['model.weights="none"', 'transfer.mode="scratch"']
+FOLDER = ['data.dataset="imagefolder"', "data.image_size=16"]
 MIXED = ["augment.mixup=0.2", "early_stopping.patience=3"]
 CONVNET = [*PLAIN, 'model.source="toolkit"', 'model.name="convnet"', "model.convnet={blocks=[{channels=4}]}"]
 
@@ -95,6 +96,21 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         "error: data.eval_image_size: the ConvNet takes inputs of one size only, 8 x 8",
         [*CONVNET, "data.image_size=8", "data.eval_image_size=16"],
         [*CONVNET, "data.image_size=8", "data.eval_image_size=8"],
+    ),
+    (
+        'error: data.channels: the images of "cifar10" have 3 channels, not 5',
+        ['data.dataset="cifar10"', "data.channels=5"],
+        ['data.dataset="cifar10"', "data.channels=1"],
+    ),
+    (
+        "error: augment.train[0]: ColorJitter is for images of 1 or 3 channels, not 5",
+        [*FOLDER, "data.channels=5", 'augment.train=[{name="ColorJitter", hue=0.1}]'],
+        [*FOLDER, "data.channels=5", 'augment.train=[{name="RandomRotation", degrees=3}]'],
+    ),
+    (
+        "error: augment.auto_augment: timm's policies are for images of 1 or 3 channels, not 5",
+        [*FOLDER, "data.channels=5", 'augment.auto_augment="rand-m9"'],
+        [*FOLDER, "data.channels=3", 'augment.auto_augment="rand-m9"'],
     ),
     (
         "warning: data.fill: has no effect without resize",

@@ -16,6 +16,7 @@ from PIL import Image
 
 from toolkit.data.orientation import TURNS, orientation_of
 from toolkit.errors import UserError
+from toolkit.formatting import plural
 
 Values = npt.NDArray[Any]
 """Values of an image, [h, w, C], of any real type."""
@@ -84,7 +85,10 @@ def with_channels(pixels: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[n
 
 def wrong_channels(found: int, channels: int) -> WrongLayout:
     """Return the exception for an image with another number of channels than the recipe's."""
-    return WrongLayout(f"it has {found} channel{'s' * (found != 1)}, but data.channels is {channels}")
+    return WrongLayout(
+        f"it has {plural(found, 'channel')}, but data.channels is {channels} (if all images are like it, set "
+        f"data.channels = {found})"
+    )
 
 
 def turned(values: Values, orientation: int) -> Values:
@@ -152,7 +156,7 @@ def _read_tiff(data: bytes, page: Page) -> tuple[Values, int]:
 def existing_page(page: int, pages: int) -> int:
     """Return the page. Raises WrongLayout if the file does not have it."""
     if page >= pages:
-        raise WrongLayout(f"it has {pages} page{'s' * (pages != 1)}, but data.page is {page} (counted from 0)")
+        raise WrongLayout(f"it has {plural(pages, 'page')}, but data.page is {page} (counted from 0)")
     return page
 
 

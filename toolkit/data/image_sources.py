@@ -54,6 +54,7 @@ from toolkit.data.value_range import (
 from toolkit.distributed.cpu_count import available_cpus
 from toolkit.errors import RunFailed, UserError
 from toolkit.filenames import escape_control_characters
+from toolkit.formatting import plural
 
 Pixels = npt.NDArray[np.uint8]
 """A decoded image, [h, w, C]; it may be read-only."""
@@ -150,6 +151,9 @@ class InMemoryImages:
             pixels = np.stack([to_pixels(Image.fromarray(image), 1) for image in pixels])
         self.pixels = pixels if pixels.ndim == 4 else pixels[..., None]
         """Pixels of all images, uint8 [N, H, W, 1 or channels]."""
+        if self.pixels.shape[3] != channels and (self.pixels.shape[3], channels) != (1, 3):
+            found = self.pixels.shape[3]
+            raise UserError(f"the images of {prefix} have {plural(found, 'channel')}, but data.channels is {channels}")
 
     def __len__(self) -> int:
         return len(self.pixels)
