@@ -19,6 +19,7 @@ from toolkit.data.encoded_sources import ImageFiles
 from toolkit.data.huggingface_source import ArrowImages
 from toolkit.data.image_sources import EncodedImages, check_images
 from toolkit.errors import UserError
+from toolkit.recipe import RecipeError, load
 from toolkit.recipe.schema import DataConfig
 
 NAMES = [*"0123456789"]
@@ -123,6 +124,45 @@ def test_a_data_set_of_the_hub_is_read_from_the_cache(digits: Path, tmp_path: Pa
     same_as_folder(open_("lab/tiny_digits", download=False), digits)
     with pytest.raises(UserError, match=r"'lab/others' is neither a folder nor .*download is false"):
         open_("lab/others", download=False)
+
+
+def test_arguments_choose_a_configuration_and_its_files(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    for split in ("train", "test"):
+        dataset(digits, split).to_parquet(tmp_path / f"files/{split}.parquet")
+    (tmp_path / "files/README.md").write_text(
+        "---\nconfigs:\n- config_name: large\n  data_files: train.parquet\n"
+        "- config_name: small\n  data_files: test.parquet\n---\n"
+    )
+    with pytest.raises(UserError, match=r"cannot be read: Config name is missing\. .* \['large', 'small'\]"):
+        open_(tmp_path / "files")
+    assert len(open_(tmp_path / "files", args={"name": "small"}).labels) == 20
+    files = {"train": "test.parquet", "test": "train.parquet"}
+    data = open_(tmp_path / "files", args={"data_files": files, "name": "large"})
+    assert {split: len(indices) for split, indices in data.lists.items()} == {"train": 20, "test": 30}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", 'data.name: must be given with dataset = "huggingface"'),
+        ('name = "a"\nargs = { config = "b" }', "load_dataset takes no argument"),
+        ('name = "a"\nargs = { revision = 3 }', "args.revision: expected text"),
+        ('name = "a"\nroot = "b"', 'data.root: has no effect with dataset = "huggingface"'),
+        ('name = "a"\ntable = "b.csv"', 'data.table: has no effect with dataset = "huggingface"'),
+    ],
+)
+def test_names_and_arguments_are_checked_before_training(lines: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        f'[recipe]\nname = "x"\n[data]\ndataset = "huggingface"\nimage_size = 32\n{lines}\n'
+        '[model]\nsource = "torchvision"\nname = "resnet18"\n[optimizer]\nname = "sgd"\nlr = 0.1\n'
+        "[train]\nepochs = 1\nbatch_size = 4\n"
+    )
+    try:
+        found = "\n".join(map(str, load(tmp_path / "recipe.toml").warnings))
+    except RecipeError as error:
+        found = str(error)
+    assert message in found
 
 
 def test_metadata_beside_the_images_gives_their_labels(digits: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from toolkit.data.encoded_sources import EncodedSource, ImageFiles
 from toolkit.data.folder_layout import split_of
 from toolkit.data.table_columns import read_examples
 from toolkit.data.table_files import RowValues, Table
-from toolkit.errors import UserError, first_line
+from toolkit.errors import UserError
 from toolkit.filenames import encode_name
 from toolkit.recipe.schema import DataConfig
 
@@ -132,12 +132,13 @@ def _load(name: str, config: DataConfig) -> Any:
         with _offline(datasets.config, not config.download):
             return datasets.load_dataset(name, **config.args)
     except Exception as error:  # the library raises nearly anything
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
         if folder.is_dir():
-            raise UserError(f"the data set in {name} cannot be read: {first_line(error)}") from error
+            raise UserError(f"the data set in {name} cannot be read: {reason}") from error
         hint = "" if config.download else "; data.download is false, so that only its cache was searched"
         raise UserError(
             f"data.name = {name!r} is neither a folder nor a data set of the Hugging Face hub that can be read: "
-            f"{first_line(error)}{hint}"
+            f"{reason}{hint}"
         ) from error
 
 

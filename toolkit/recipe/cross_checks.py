@@ -122,6 +122,9 @@ def data(recipe: Recipe) -> Iterator[Issue]:
         text = "has no effect, since training images are not augmented randomly: all views are the same"
         yield warning("data.fixed_views", text, "augment.train", at="key")
     no_effect = f'has no effect with dataset = "{table.dataset}"'
+    if table.dataset == "huggingface" and table.root != DataConfig.model_fields["root"].default:
+        text = 'has no effect with dataset = "huggingface", whose folder is data.name'
+        yield warning("data.root", text, "data.dataset", at="key")
     if not isinstance(table.root, str) and table.dataset != "imagefolder":
         text = f'several folders are for dataset = "imagefolder", not "{table.dataset}"'
         yield error("data.root", text, "data.dataset")
