@@ -109,6 +109,10 @@ def kind_of(run: Run) -> str:
     return run.recipe.task.kind
 
 
+def is_multi_label(run: Run) -> bool:
+    return kind_of(run) == "multi_label"
+
+
 # -- a trained run ----------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +218,15 @@ def predicted(image: dict[str, Any]) -> set[str]:
     return {each["class"] for each in image["predictions"]}
 
 
+def test_a_published_model_s_card_names_the_metrics_of_its_kind(run: Run) -> None:
+    assert toolkit("publish", run.path, "lab/digits").status == 0
+    card = (run.path / "publish" / "README.md").read_text()
+    assert ("| mAP |" in card, "| top-1 accuracy |" in card) == (
+        (True, False) if is_multi_label(run) else (False, True)
+    )
+    assert ("threshold of each label" in card) == is_multi_label(run)
+
+
 def test_explain_shows_the_prediction_or_each_label_predicted_or_missed(run: Run, tmp_path: Path) -> None:
     found = toolkit("explain", run.path, "--worst", "2", "--out", tmp_path, "--json")
     assert found.status == 0, found.stderr
@@ -263,6 +276,24 @@ def test_training_options_work_with_both_kinds(tmp_path: Path, table: Path, kind
         for row in rows:
             above = [name for name in run.model_card["classes"] if float(row[f"probability of {name}"]) >= 0.4]
             assert row["predictions"] == ";".join(above)
+
+
+def test_equal_weights_of_images_change_nothing_and_unequal_ones_the_loss(tmp_path: Path, table: Path) -> None:
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = {}
+    for name in ("none", "equal", "unequal"):
+        path, column = table.with_name(f"{name}.csv"), "none" if name == "none" else "weight"
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "label", "split", column])
+            for row in rows:
+                weight = 2.0 if name == "equal" else float("one" in row["label"])
+                writer.writerow([row["image"], row["label"], row["split"], weight])
+        weights = () if name == "none" else ('data.columns.weight="weight"',)
+        losses[name] = train(write_recipe(tmp_path, "multi_label", path), *weights).epochs()[0]["train/loss"]
+    assert losses["equal"] == losses["none"]
+    assert abs(losses["unequal"] - losses["none"]) > 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)

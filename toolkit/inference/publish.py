@@ -154,9 +154,10 @@ def model_card(
         best=summary["best"],
         is_timm=fits_timm(trained.table),
         classes=trained.classes,
+        is_multi_label=trained.task.kind == "multi_label",
         preprocessing=trained.preprocessing,
         weights=portable(model).weights,
-        measures={name: _label(name) for name in measures_of(trained.task.kind)},
+        measures=_measures(trained),
         splits={key: name for key, name in SPLITS.items() if f"{key}_loss" in summary["best"]},
     )
 
@@ -165,9 +166,17 @@ METRIC_TYPES = {"macro_f1": "f1", "micro_f1": "f1", "map": "average_precision", 
 """The Hub's names of measures that are not accuracies."""
 
 
-def _label(measure: str) -> str:
-    """Return the label of a measure for model cards."""
-    return {"loss": "cross-entropy", "accuracy": "top-1 accuracy"}.get(measure, MEASURES[measure].label)
+LABELS = {
+    "single_label": {"loss": "cross-entropy", "accuracy": "top-1 accuracy"},
+    "multi_label": {"loss": "binary cross-entropy", "accuracy": "subset accuracy"},
+}
+"""Labels of measures in model cards that differ from those in tables, by kind of task."""
+
+
+def _measures(trained: TrainedModel) -> dict[str, str]:
+    """Return the label of each measure for model cards."""
+    kind = trained.task.kind
+    return {name: LABELS[kind].get(name, measure.label) for name, measure in measures_of(kind).items()}
 
 
 def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any], title: str, license_id: str) -> str:
@@ -178,11 +187,11 @@ def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any]
             dataset_name=info_of(recipe.data.dataset, recipe.data.name).title,
             dataset_split="test",
             metric_type=METRIC_TYPES.get(name, "accuracy"),
-            metric_name=_label(name),
+            metric_name=label,
             metric_value=round(summary["best"][f"test_{name}"], 6),
         )
-        for name, measure in measures_of(trained.task.kind).items()
-        if measure.unit == "%" and f"test_{name}" in summary["best"]
+        for name, label in _measures(trained).items()
+        if MEASURES[name].unit == "%" and f"test_{name}" in summary["best"]
     ]
     data = ModelCardData(
         license=license_id,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
+from toolkit.metrics import MEASURES
 from toolkit.report.plot_style import BLUE, INK, SPLIT_COLORS, fitted, labeled_axes
 from toolkit.report.run_data import Record, RunData
 
@@ -16,8 +17,9 @@ SIZE = (6.3, 3.6)
 
 def learning_curves(data: RunData, metric: Literal["loss", "accuracy", "map"]) -> Figure:
     """Plot the training and validation metric of each epoch, and mark the best and the last epoch."""
-    scale, label = (100.0, "accuracy (%)") if metric == "accuracy" else (1.0, "cross-entropy (nats)")
-    figure, axes = labeled_axes("epoch", label, fitted(f"{data.name}: {metric}", SIZE[0] - 1), SIZE)
+    measure, loss = MEASURES[metric], f"{'binary ' if data.is_multi_label else ''}cross-entropy"
+    scale, label = measure.scale, f"{loss if metric == 'loss' else measure.label} ({measure.unit})"
+    figure, axes = labeled_axes("epoch", label, fitted(f"{data.name}: {measure.label}", SIZE[0] - 1), SIZE)
     for split, key, style in (("train", f"train/{metric}", "--"), ("validation", f"val/{metric}", "-")):
         xs, ys = points(data.epochs, key, scale)
         if xs:

@@ -253,13 +253,14 @@ def _charts(data: RunData) -> dict[str, Any]:
         *series("val/balanced_accuracy", "validation, balanced", "var(--green)", "2 3", shown=False),
         *series("val/top5_accuracy", "validation, top 5", "var(--purple)", "9 3 2 3", shown=False),
     ]
+    kind = "binary " if data.is_multi_label else ""
     if data.is_multi_label:
         curves = enumerate(MULTI_LABEL_CURVES.items())
         accuracies = [each for i, (key, style) in curves for each in series(key, *style, shown=i < 2)]
     xs, ys = learning_rates(data)
     rates = {"name": "learning rate", "x": xs, "y": ys, "color": "var(--blue)"}
     return {
-        "loss": {**by_epoch, "yLabel": "cross-entropy (nats)", "series": losses, "canLog": True},
+        "loss": {**by_epoch, "yLabel": f"{kind}cross-entropy (nats)", "series": losses, "canLog": True},
         "accuracy": {**by_epoch, "yLabel": "%" if data.is_multi_label else "accuracy (%)", "series": accuracies},
         "lr": {"xLabel": "completed epochs", "yLabel": "learning rate", "series": [rates], "canLog": True,
                "log": data.decays_by_factors, "fromZero": True},

@@ -107,7 +107,8 @@ def class_weights(setup: TrainingContext) -> np.ndarray | None:
         return np.array(given)
     named = {encode_name(name): weight for name, weight in given.items()}
     if unknown := next((name for name in named if name not in classes), None):
-        hint = did_you_mean(unknown, classes, prefix="; ")
+        known = f"; it has {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
+        hint = did_you_mean(unknown, classes, prefix="; ", otherwise=known)
         raise UserError(f"train.class_weights names {unknown!r}, which is not a class of the data set{hint}")
     return np.array([named.get(name, 1.0) for name in classes])
 
