@@ -11,6 +11,14 @@ from typing import Any
 from toolkit.recipe.study_schema import StudyConfig
 from toolkit.study.directory import StudyDirectory, StudyRun
 
+RECIPE = """
+recipe = { name = "small" }
+data = { dataset = "digits" }
+model = { source = "torchvision", name = "resnet18" }
+optimizer = { lr = 0.1 }
+train = { epochs = 1, batch_size = 8 }
+"""
+
 
 @dataclass
 class FakeRun:
@@ -55,6 +63,7 @@ def _write_run(path: Path, number: int, run: FakeRun) -> StudyRun:
             (path / name / "summary.json").write_text(json.dumps(summary))
         if run.right:
             lines = [f"{number}.jpg,cat,{'cat' if right else 'dog'},0.5" for number, right in enumerate(run.right)]
+            (path / name / "recipe.toml").write_text(RECIPE)
             (path / name / "predictions.csv").write_text("\n".join(["path,label,prediction,probability", *lines, ""]))
         if run.state == "failed":
             (path / name / "failed.json").write_text(json.dumps({"message": run.failure, "when": ""}))

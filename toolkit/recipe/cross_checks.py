@@ -256,8 +256,9 @@ def train(recipe: Recipe) -> Iterator[Issue]:
         hint = f"for example batch_size = {f'{below} or ' if below else ''}{above}"
         text = f"{batch} is not divisible by train.grad_accum_steps = {parts}"
         yield error("train.batch_size", text, "train.grad_accum_steps", hint=hint)
+    args, defaults = recipe.train.loss_args, type(recipe.train.loss_args)()
     for key, loss in LOSS_KEYS.items():
-        if recipe.train.loss != loss and key in recipe.train.loss_args.model_fields_set:
+        if recipe.train.loss != loss and getattr(args, key) != getattr(defaults, key):
             text = f"has no effect with train.loss = {toml_value(recipe.train.loss)}, only with {toml_value(loss)}"
             yield warning(f"train.loss_args.{key}", text, "train.loss", at="key")
     if recipe.train.sampling == "balanced" and recipe.train.class_weights == "balanced":

@@ -283,5 +283,5 @@ PARTS = {
     "schedule": Component(
         lambda r: [r.scheduler, r.optimizer.lr, r.early_stopping, r.train.epochs, r.train.best_metric], _schedule
     ),
-    "loop": Component(_loop_values, lambda r: _text(_loop_values(r))),
+    "loop": Component(lambda r: [_loop_values(r), r.train.loss_args], lambda r: _text(_loop_values(r))),
 }
