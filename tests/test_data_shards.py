@@ -115,6 +115,7 @@ def test_other_programs_read_the_same_samples(images: Path, folder: Path) -> Non
         samples = [(members[name], members[f"{name[:-4]}.cls"].decode()) for name in members if name.endswith("png")]
         found[path.name.split("-")[0]] += samples
     assert len(list(folder.glob("train-*.tar"))) > 2
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     for split, samples in found.items():
         paths = (images / split).rglob("*.png")
         assert sorted(samples) == sorted((path.read_bytes(), path.parent.name) for path in paths)
@@ -426,6 +427,16 @@ def test_a_url_that_cannot_be_reached_is_one_sentence(root: str, message: str) -
     found = error_of(root)
     assert message in found
     assert "\n" not in found
+
+
+def test_a_repacked_data_set_at_the_same_url_is_noticed(url: str, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    assert len(loaded(opened(url))) == 130
+    digit_files(tmp_path / "fewer", train=3)
+    packed(DataConfig(dataset="imagefolder", root=str(tmp_path / "fewer")), tmp_path / "again")
+    memory.rm("/images", recursive=True)
+    memory.put(f"{tmp_path}/again/", "/images/", recursive=True)
+    assert loaded(opened(url)) == loaded(opened(tmp_path / "again"))
 
 
 def test_shards_at_a_url_without_an_index_are_scanned(url: str, folder: Path) -> None:

@@ -150,7 +150,8 @@ class Features:
         setup, accelerator = self.setup, self.setup.accelerator
         count, world = len(setup.splits[split]), accelerator.num_processes
         chunk = chunk_size(setup.preprocessing_of(split).image_size)
-        chunks = [np.arange(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+        in_order, order = np.arange(count), setup.shard_order(split)
+        chunks = [(in_order if order is None else order)[start : start + chunk] for start in range(0, count, chunk)]
         bounds = [len(chunks) * rank // world for rank in range(world + 1)]
         mine = chunks[bounds[accelerator.process_index] : bounds[accelerator.process_index + 1]]
         loader, features = self.loader(split, mine, view), None

@@ -76,8 +76,8 @@ class ShardIndex:
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
         facts = {name: getattr(self, name) for name in ("classes", "native_size", "native_channels", "is_checked")}
         facts |= {"version": VERSION, "shards": self.shards, "sha256": _digest(arrays)}
-        partial = path.with_name(f".{path.name}-{os.getpid()}.part")
-        safetensors.numpy.save_file(arrays, partial, metadata={"index": json.dumps(facts)})
+        partial = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+        partial.write_bytes(safetensors.numpy.save(arrays, metadata={"index": json.dumps(facts)}))
         os.replace(partial, path)
 
     @classmethod

@@ -134,26 +134,27 @@ def _open_local(config: DataConfig) -> ShardImages:
 def _open_url(config: DataConfig) -> ShardImages:
     url = config.root_folder.rstrip("/")
     folder = _cache_folder(url)
+    folder.mkdir(parents=True, exist_ok=True)
     limit = None if config.cache_limit is None else int(config.cache_limit * 2**30)
     with url_errors(url):
         filesystem, path = open_url(url)
         if filesystem.exists(f"{path}/{INDEX_NAME}"):
             # The name changes with the file, as far as the file system can tell without reading it.
-            kept = folder / f"{content_key({'index': str(filesystem.ukey(f'{path}/{INDEX_NAME}'))})}.safetensors"
+            state = str(filesystem.info(f"{path}/{INDEX_NAME}"))
+            kept = folder / f"{content_key({'index': state})}.safetensors"
             if not kept.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                partial = kept.with_name(f".{kept.name}-{os.getpid()}.part")
+                partial = kept.with_name(f".{kept.name}-{os.getpid()}.tmp")
                 filesystem.get_file(f"{path}/{INDEX_NAME}", str(partial))
                 ShardIndex.read(partial)
                 os.replace(partial, kept)
             index = _packed(kept, config)
             describe_folder(folder, {"kind": "shards", "data": url, "images": len(index.shard), "what": "from a URL"})
             return ShardImages(index, FetchedShards(url, index.shards, folder, limit))
-        found = [entry for entry in filesystem.ls(path, detail=True) if str(entry["name"]).endswith(".tar")]
-        sizes = {os.path.basename(entry["name"]): filesystem.info(entry["name"])["size"] for entry in found}
-        versions = [str(filesystem.ukey(entry["name"])) for entry in sorted(found, key=lambda entry: entry["name"])]
-    files = FetchedShards(url, [Shard(name, sizes[name]) for name in sorted(sizes)], folder, limit)
-    return ShardImages(_scanned(config, files, versions, url), files)
+        names = [str(entry["name"]) for entry in filesystem.ls(path, detail=True)]
+        states = {os.path.basename(name): filesystem.info(name) for name in names if name.endswith(".tar")}
+    shards = [Shard(name, states[name]["size"]) for name in sorted(states)]
+    files = FetchedShards(url, shards, folder, limit)
+    return ShardImages(_scanned(config, files, [str(states[shard.name]) for shard in shards], url), files)
 
 
 def _cache_folder(root: str) -> Path:
@@ -185,8 +186,8 @@ def _scanned(config: DataConfig, files: ShardFiles, versions: list[str], root: s
     folder = _cache_folder(root)
     kept = folder / f"{content_key({**facts, 'separator': config.label_separator})}.safetensors"
     if not kept.exists():
-        index = scan(config, files, versions)
         folder.mkdir(parents=True, exist_ok=True)
+        index = scan(config, files, versions)
         checked = check_images(EncodedImages(ShardImages(index, files), 3), np.arange(len(index.shard)), decode=False)
         if not checked.bad and not checked.extents:  # else each run checks them
             index = ShardIndex(**{**vars(index), "is_checked": True})
