@@ -122,8 +122,9 @@ def test_a_missing_file_is_named_with_its_row(tmp_path: Path) -> None:
 def test_paths_are_relative_to_the_table_or_to_the_root(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.png").write_bytes(png(3))
-    table = written(tmp_path, f"image,label\nelsewhere/a.png,x\n{tmp_path}/elsewhere/a.png,y\n")
-    assert [int(opened(table).images.load(i).max()) for i in (0, 1)] == [3, 3]
+    (tmp_path / "elsewhere" / "b.png").write_bytes(png(4))
+    table = written(tmp_path, f"image,label\nelsewhere/a.png,x\n{tmp_path}/elsewhere/b.png,y\n")
+    assert [int(opened(table).images.load(i).max()) for i in (0, 1)] == [3, 4]
     table = written(tmp_path, "image,label\na.png,x\nb.png,y\n")
     assert int(opened(table, root=str(tmp_path / "elsewhere")).images.load(0).max()) == 3
 
@@ -209,11 +210,22 @@ def test_splits_groups_and_weights_are_read(tmp_path: Path) -> None:
         ("a.png,-1\n", {"columns": {"weight": "label"}}, "row 2: the weight '-1' is not a number of at least 0"),
         ("a.png,1\nb.png,2\n", {"columns": {"label": ["label", "image"]}}, "row 3: label is '2' instead of 0 or 1"),
         ("a.png,cat\nb.png,cat\n", {}, "has only the class 'cat'; a classifier needs two or more"),
+        ("a.png,\nb.png,\n", {"label_separator": ";"}, "labels.csv has no label in any row; a classifier needs two"),
+        ("./a.png,cat\na.png,dog\nb//c.png,cat\nb/c.png,dog\n", {},
+         "row 3: a.png is also in row 2; row 5: b/c.png is also in row 4"),
+        (f"a.png,{'9' * 5000}\n", {}, f"has only the class '{'9' * 5000}'"),
         ("", {}, "labels.csv has no rows below the names of its columns"),
     ],
 )  # fmt: skip
 def test_faulty_tables_are_refused(text: str, settings: dict[str, Any], expected: str, tmp_path: Path) -> None:
     assert expected in error_of(written(tmp_path, "image,label\n" + text), **settings)
+
+
+def test_a_path_and_its_absolute_form_are_the_same_image(tmp_path: Path) -> None:
+    table = written(tmp_path, f"image,label\na.png,cat\n{tmp_path}/a.png,dog\n")
+    assert error_of(table) == f"1 row of labels.csv cannot be used: row 3: {tmp_path}/a.png is also in row 2. " + (
+        "Correct or remove them"
+    )
 
 
 def test_many_faulty_rows_are_counted(tmp_path: Path) -> None:

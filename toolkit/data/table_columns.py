@@ -5,7 +5,9 @@ Values are kept in flat arrays while the rows are read, so that a table of a mil
 
 from __future__ import annotations
 
+import os
 import re
+import reprlib
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ PATH_COLUMNS = ("image", "path", "file", "filename", "file_name")
 SHOWN = 10
 """Number of faulty rows shown in a message."""
 
-_INTEGER = re.compile(r"-?\d+")
+_INTEGER = re.compile(r"-?\d{1,1000}")
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,25 @@ class _Column(Protocol):
 
 
 class _Paths:
-    """The column of image paths, or, if it is ``encoded``, of images that may have a path."""
+    """The column of image paths relative to ``root``, or, if it is ``encoded``, of images that may have a path."""
 
-    def __init__(self, encoded: bool) -> None:
-        self.encoded, self.strings, self.hashes = encoded, PackedStrings(), array("q")
+    def __init__(self, encoded: bool, root: str) -> None:
+        self.encoded, self.root, self.strings, self.hashes = encoded, root, PackedStrings(), array("q")
 
     def add(self, value: Any) -> None:
         if not self.encoded and (not isinstance(value, str) or not value):
-            raise ValueError("no image path" if value in (None, "") else f"the image path {value!r} is not text")
+            shown = reprlib.repr(value)
+            raise ValueError("no image path" if value in (None, "") else f"the image path {shown} is not text")
         if value is not None and "\0" in value:
             raise ValueError("a null character in the image path")
         self.strings.append(value or "")
-        self.hashes.append(hash(value))
+        self.hashes.append(hash(self._normal(value or "")))
+
+    def _normal(self, path: str) -> str:
+        """Return the path in a form that is equal for all ways to write it, such as ./a.png and a.png."""
+        if self.encoded or (path[0] != "/" and "./" not in path and "//" not in path):  # most; there may be millions
+            return path
+        return os.path.relpath(os.path.join(self.root, path), self.root)
 
     def repeated(self) -> Iterator[tuple[int, int]]:
         """Yield the index of each path that occurred before, and the index of its first occurrence."""
@@ -100,7 +109,7 @@ class _Paths:
         found, counts = np.unique(hashes, return_counts=True)
         first: dict[str, int] = {}
         for i in np.flatnonzero(np.isin(hashes, found[counts > 1])).tolist():
-            if (path := self.strings[i]) and first.setdefault(path, i) != i:
+            if (path := self._normal(self.strings[i])) and first.setdefault(path, i) != i:
                 yield i, first[path]
 
 
@@ -116,7 +125,8 @@ class _Codes:
             value = int(value)
         text = str(value).strip() if isinstance(value, str | int) else ""
         if not text:
-            raise ValueError(f"no {self.what}" if value in (None, "") else f"the {self.what} {value!r} is not a name")
+            shown = reprlib.repr(value)
+            raise ValueError(f"no {self.what}" if value in (None, "") else f"the {self.what} {shown} is not a name")
         return self.codes.setdefault(self.read(text), len(self.codes))
 
     def add(self, value: Any) -> None:
@@ -175,7 +185,7 @@ def read_examples(table: Table, config: DataConfig) -> Examples:
     """Read all rows of a table. Raises UserError for missing columns, and for all faulty rows at once."""
     names = choose_columns(table, config.columns)
     encoded = names["image"] in table.encoded
-    paths, rows, faults = _Paths(encoded), array("q"), RowFaults(table.path)
+    paths, rows, faults = _Paths(encoded, config.root_folder), array("q"), RowFaults(table.path)
     many = isinstance(config.columns.label, list)
     labels = _Labels(config.label_separator)
     indicators = [_Indicator(name) for name in config.columns.label] if many else []
@@ -283,8 +293,7 @@ def _labels(
 def _split_name(text: str) -> str:
     split = split_of(text)
     if split is None:
-        known = "; ".join(", ".join(names) for names in SPLIT_NAMES.values())
-        raise ValueError(f"unknown split {text!r} (known: {known})")
+        raise ValueError(f"unknown split {text!r} (train, validation, test, or another usual name such as val)")
     return split
 
 

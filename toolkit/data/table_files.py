@@ -152,7 +152,7 @@ def _open_parquet(path: Path) -> Table:
     def is_encoded(kind: Any) -> bool:
         if pa.types.is_struct(kind):
             return "bytes" in {field.name for field in kind}
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
     with _parquet_errors(path):
         schema = parquet.read_schema(path)

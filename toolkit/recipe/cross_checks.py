@@ -153,6 +153,8 @@ def _table(table: DataConfig) -> Iterator[Issue]:
         hint = 'for example table = "labels.csv"'
         yield error("data.table", 'must be given with dataset = "table"', "data.dataset", hint=hint, at="table")
     if isinstance(table.columns.label, list):
+        if len(set(table.columns.label)) < len(table.columns.label):
+            yield error("data.columns.label", "a column is listed twice")
         for key in ("label_separator", "class_names"):
             if getattr(table, key) is not None:
                 text = "has no effect with several label columns, whose names are the classes"
