@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from toolkit.data.image_sources import EncodedImages, check_images
 from toolkit.data.splits import split_dataset
 from toolkit.data.torchvision_info import TORCHVISION_SETS
 from toolkit.errors import UserError
+from toolkit.locks import held
 from toolkit.recipe import RecipeError, catalog, load
 from toolkit.recipe.schema import DataConfig
 
@@ -77,6 +80,33 @@ def test_images_and_labels_are_those_of_torchvision(name: str, tmp_path: Path, m
     split_dataset(data, table(name, tmp_path))
     assert open_(name, tmp_path).images.load(0).shape[2] == facts.channels
     assert not check_images(data.images, np.arange(len(data.images)), decode=True).bad
+
+
+def test_the_archives_of_imagenet_are_unpacked_by_one_of_many_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads replace processes here, since each takes the lock file separately."""
+    WRITERS["ImageNet"](tmp_path, monkeypatch.setattr)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: open_("ImageNet", tmp_path), range(4)))
+    assert {len(data.labels) for data in found} == {18}
+    assert not any(check_images(data.images, np.arange(18), decode=True).bad for data in found)
+
+
+def test_data_that_another_process_is_downloading_are_not_read_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    WRITERS["Country211"](tmp_path, monkeypatch.setattr)
+    complete = len(open_("Country211", tmp_path).labels)
+    late = tmp_path / "country211/train/AD/1.jpg"
+    late.rename(tmp_path / "late.jpg")
+    with ThreadPoolExecutor(1) as pool:
+        with held(tmp_path / ".Country211.lock"):
+            found = pool.submit(open_, "Country211", tmp_path)
+            time.sleep(0.2)
+            assert not found.done()
+            (tmp_path / "late.jpg").rename(late)
+        assert len(found.result().labels) == complete
 
 
 def test_attributes_of_faces_are_several_labels_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ import bz2
 import csv
 import json
 import pickle
+import shutil
 import struct
+import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import scipy.io
-import torch
 from PIL import Image
 from torchvision import datasets
+from torchvision.datasets import imagenet as imagenet_module
 
 Patch = Callable[[Any, str, Any], None]
 """``MonkeyPatch.setattr``: takes away the checksums of real files."""
@@ -224,12 +226,31 @@ def gtsrb(root: Path, patch: Patch) -> None:
     text(folder / "GT-final_test.csv", "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId", *rows)
 
 
+def tar(path: Path, folder: Path, mode: Any = "w") -> None:
+    """Move the content of a folder to a tar file."""
+    with tarfile.open(path, mode) as archive:
+        for inner in sorted(folder.iterdir()):
+            archive.add(inner, inner.name)
+    shutil.rmtree(folder)
+
+
 def imagenet(root: Path, patch: Patch) -> None:
-    names = {"n01440764": ("tench", "Tinca tinca"), "n02012849": ("crane",), "n03126707": ("crane",)}
-    torch.save((names, list(names)), root / "meta.bin")
-    for wnid in names:
-        images(root / "train" / wnid, [f"{wnid}_{i}.JPEG" for i in range(4)])
-        images(root / "val" / wnid, [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(2)])
+    """Write the three archives, which the class unpacks."""
+    archives = {key: (file, None) for key, (file, _) in imagenet_module.ARCHIVE_META.items()}
+    patch(imagenet_module, "ARCHIVE_META", archives)
+    words = {"n01440764": "tench, Tinca tinca", "n02012849": "crane", "n03126707": "crane"}
+    rows = [(number, wnid, text, "", 0) for number, (wnid, text) in enumerate(words.items(), 1)]
+    kinds = [("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "i4")]
+    data = root / "devkit/ILSVRC2012_devkit_t12/data"
+    text(data / "ILSVRC2012_validation_ground_truth.txt", *(str(i % 3 + 1) for i in range(6)))
+    scipy.io.savemat(data / "meta.mat", {"synsets": np.array([*rows, (4, "n00001740", "entity", "", 3)], dtype=kinds)})
+    tar(root / archives["devkit"][0], root / "devkit", "w:gz")
+    for wnid in words:
+        images(root / "unpacked" / wnid, [f"{wnid}_{i}.JPEG" for i in range(4)])
+        tar(root / "unpacked" / f"{wnid}.tar", root / "unpacked" / wnid)
+    tar(root / archives["train"][0], root / "unpacked")
+    images(root / "unpacked", [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 7)])
+    tar(root / archives["val"][0], root / "unpacked")
 
 
 def imagenette(root: Path, patch: Patch) -> None:

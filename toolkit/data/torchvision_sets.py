@@ -11,7 +11,6 @@ import io
 import os
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +25,7 @@ from toolkit.data.image_sources import ImageSource, InMemoryImages, Pixels
 from toolkit.data.torchvision_info import TORCHVISION_SETS
 from toolkit.errors import UserError, first_line
 from toolkit.filenames import encode_name
-from toolkit.locks import held
+from toolkit.locks import held, is_held
 from toolkit.recipe.schema import DataConfig
 
 _SPLITS = ("train", "validation", "test")
@@ -166,11 +165,15 @@ def _fetch(name: str, table: DataConfig) -> dict[str, Any]:
     if name == "PCAM" and find_spec("h5py") is None:
         raise UserError("PCAM is read with h5py: install it with `pip install h5py`, or this toolkit's extra `pcam`")
     advice = f"put it there as the class {name} of torchvision.datasets describes, or set data.root to where it is"
+    if is_held(lock):  # another process downloads or unpacks the data, which are incomplete until then
+        with held(lock):
+            pass
     try:
-        # ImageNet unpacks archives that it finds; only one process may do that.
-        alone = name == "ImageNet" and not (root / "train").is_dir() and os.access(root, os.W_OK)
-        with held(lock) if alone else nullcontext():
-            return read(download=False)
+        if name == "ImageNet" and os.access(root, os.W_OK):  # unpacks archives, which only one process may do
+            with held(lock):
+                if not all((root / str(choice["split"])).is_dir() for choice in selected.values()):
+                    read(download=False)
+        return read(download=False)
     except Exception as error:  # damaged files raise nearly anything
         missing = f"{shown} is not in data.root = {table.root_folder!r}, or is incomplete"
         if "download" not in accepted:
