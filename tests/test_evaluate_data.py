@@ -90,6 +90,16 @@ def test_a_table_gives_the_metrics_of_the_folder(run: Run, images: Path) -> None
     assert "the data set has no validation images, only train, test; without --split all are" in refused.stderr
 
 
+def test_a_table_may_have_test_images_of_one_class_only(run: Run, images: Path) -> None:
+    table = images / "threes.csv"
+    paths = [path.relative_to(images).as_posix() for path in sorted((images / "3").iterdir())]
+    table.write_text("path,label,split\n" + "".join(f"{path},3,test\n" for path in paths))
+    found = evaluation(toolkit("evaluate", run.path, "--data", table, "--split", "test", "--json"))
+    own = [row["prediction"] for row in run.predictions() if row["label"] == "3"]
+    assert found["metrics"]["accuracy"] == own.count("3") / len(own)
+    assert (found["images"], len(found["missing_classes"])) == (5, 9)
+
+
 def test_unknown_classes_are_refused_or_left_out(run: Run, images: Path) -> None:
     before = evaluation(toolkit("evaluate", run.path, "--data", images, "--name", "before", "--json"))
     shutil.copytree(images / "3", images / "33")

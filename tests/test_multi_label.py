@@ -253,6 +253,31 @@ def test_evaluate_data_on_a_copy_of_the_test_images_gives_the_test_metrics(run: 
     shutil.rmtree(run.path / "evaluations")
 
 
+@pytest.mark.parametrize("run", ["multi_label"], indirect=True)
+def test_labels_of_other_data_that_are_unknown_or_never_vary(run: Run, table: Path) -> None:
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    name, other = str(rows[0]["first"]), table.parent / "other.csv"
+    for label, message in (
+        ("new", "none of the classes of"),
+        ("", "no image of"),
+        (name, "no label is present in some of the 200 given images"),
+    ):
+        other.write_text("image,label\n" + "".join(f"{row['image']},{label}\n" for row in rows))
+        refused = toolkit("evaluate", run.path, "--data", other)
+        assert refused.status == 2
+        assert message in refused.stderr
+    texts = [f"{row['image']},{name};new\n" if row["first"] == name else f"{row['image']},\n" for row in rows]
+    other.write_text("image,label\n" + "".join(texts))
+    count = sum(row["first"] == name for row in rows)
+    assert "or leave out these labels with" in toolkit("evaluate", run.path, "--data", other).stderr
+    found = toolkit("evaluate", run.path, "--data", other, "--ignore-unknown-classes")
+    assert f"left out: {count} labels that the model does not have: new" in found.stdout
+    assert f"{other}: 200 images" in found.stdout
+    shutil.rmtree(run.path / "evaluations")
+    other.unlink()
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 

@@ -44,7 +44,7 @@ class Dataset:
     labels: npt.NDArray[Any]
     """Class of each image, int64 [N]; multi-label: uint8 [N, classes], 1 for each label of an image."""
     lists: dict[str, IntArray]
-    """Official lists, int64 indices each: "train" always, "validation" and "test" if they exist."""
+    """Official lists, int64 indices each: "train" always (may be empty), "validation" and "test" if they exist."""
     native_size: int | None
     """Height and width of all images in pixels; None if they differ."""
     native_channels: int
@@ -71,9 +71,18 @@ class Dataset:
         return counts.astype(np.int64)
 
 
-def open_dataset(table: DataConfig) -> Dataset:
-    """Open the data set of a recipe. Raises UserError if it is missing or its folder layout is invalid."""
+def open_dataset(table: DataConfig, *, for_training: bool = True) -> Dataset:
+    """Open the data set of a recipe. Raises UserError if it is missing or its folder layout is invalid.
+
+    ``for_training``: also raise UserError if there are fewer than two classes, or no training images.
+    """
     dataset: Dataset = pkgutil.resolve_name(DATASETS[table.dataset].opener)(table)
+    where = table.table or table.name or ", ".join(table.roots)
+    if for_training and len(dataset.classes) < 2:
+        found = f"only the class {dataset.classes[0]!r}" if dataset.classes else "no label in any row"
+        raise UserError(f"{where} has {found}; a classifier needs two or more classes")
+    if for_training and not len(dataset.lists["train"]):
+        raise UserError(f"{where} has no training images: no row has the split train")
     classes = [encode_name(name) for name in dataset.classes]
     return replace(dataset, classes=classes, notes=tuple(map(escape_control_characters, dataset.notes)))
 

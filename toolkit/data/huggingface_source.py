@@ -92,8 +92,6 @@ def open_huggingface(config: DataConfig) -> Dataset:
     reader = partial(_read, parts, image, names if config.class_names is None else None)
     table = Table(Path(name), [*features, _SPLIT], reader, frozenset([image]))
     examples = read_examples(table, config.model_copy(update=update))
-    if len(examples.classes) < 2:
-        raise UserError(f"{name} has only the class {examples.classes[0]!r}; a classifier needs two or more")
     return Dataset(
         name=name,
         classes=examples.classes,

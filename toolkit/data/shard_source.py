@@ -75,8 +75,6 @@ def open_shards(config: DataConfig) -> Dataset:
             "is the cache folder, TOOLKIT_CACHE names another one"
         ) from error
     index = source.index
-    if len(index.classes) < 2:
-        raise UserError(f"{config.root_folder} has only the class {index.classes[0]!r}; a classifier needs two or more")
     return Dataset(
         name="shards",
         classes=index.classes,

@@ -223,7 +223,7 @@ def read_examples(table: Table, config: DataConfig) -> Examples:
         encoded=names["image"] if encoded else None,
         classes=classes,
         labels=array_of_labels,
-        lists=_lists(splits, table) if "split" in names else {"train": np.arange(len(rows))},
+        lists=_lists(splits) if "split" in names else {"train": np.arange(len(rows))},
         groups=np.frombuffer(groups.values, dtype=np.int64) if "group" in names else None,
         weights=np.frombuffer(weights.values, dtype=np.float64) if "weight" in names else None,
     )
@@ -297,12 +297,11 @@ def _split_name(text: str) -> str:
     return split
 
 
-def _lists(splits: _Codes, table: Table) -> dict[str, IntArray]:
-    """Return the indices of each split that the column names."""
+def _lists(splits: _Codes) -> dict[str, IntArray]:
+    """Return the indices of each split that the column names, and of "train"."""
     codes = np.frombuffer(splits.values, dtype=np.int64)
-    if "train" not in splits.codes:
-        raise UserError(f"{table.path} has no training images: no row has the split train")
-    return {split: np.flatnonzero(codes == splits.codes[split]) for split in SPLIT_NAMES if split in splits.codes}
+    named = [split for split in SPLIT_NAMES if split in splits.codes or split == "train"]
+    return {split: np.flatnonzero(codes == splits.codes.get(split, -1)) for split in named}
 
 
 def describe_columns(table: Table, config: ColumnsConfig) -> list[str]:

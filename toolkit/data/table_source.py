@@ -52,9 +52,6 @@ def open_table(config: DataConfig) -> Dataset:
     """Open a table of labeled images. Raises UserError, naming all rows that cannot be used."""
     table = open_table_file(Path(config.table or ""))
     examples = read_examples(table, config)
-    if len(examples.classes) < 2:
-        found = f"only the class {examples.classes[0]!r}" if examples.classes else "no label in any row"
-        raise UserError(f"{table.path} has {found}; a classifier needs two or more classes")
     source = _embedded_images(table, examples) or ImageFiles(Path(config.root_folder), examples.paths)
     images = encoded_images(source, config, RowNumbers(table.path.name, examples.rows))
     return Dataset(

@@ -33,7 +33,7 @@ from toolkit.runs import Run
 from toolkit.similar_names import did_you_mean
 from toolkit.training.console import table
 from toolkit.training.evaluation import evaluate
-from toolkit.training.task import check_labels
+from toolkit.training.task import check_label_splits, check_labels
 from toolkit.training.trained_model import TrainedModel, load_model
 
 SHOWN = 10
@@ -99,9 +99,11 @@ def evaluate_data(
     config = data_config(data, recipe, split)
     channels = trained.preprocessing.channels
     config = as_trained(config, trained.preprocessing).model_copy(update={"channels": channels})
-    dataset = main_first(accelerator, lambda: open_dataset(config))
+    dataset = main_first(accelerator, lambda: open_dataset(config, for_training=False))
     indices = _indices(dataset, config, split, draw=path.suffix == ".toml")
     indices, labels, unknown = match_classes(dataset, indices, trained, data, ignore=ignore_unknown_classes)
+    if dataset.is_multi_label:
+        check_label_splits(replace(dataset, classes=trained.classes, labels=labels), {"given": indices})
     indices, notes = _readable(dataset, config, indices, accelerator)
     images = SplitDataset(dataset.images, labels, indices, trained.transform, recipe.recipe.seed)
     loader = split_loader(run, images, run.processes, accelerator)
@@ -214,6 +216,8 @@ def match_classes(
         is_known = labels[indices] >= 0
     counts = dataset.class_counts(indices)
     unknown = {name: int(counts[i]) for i, name in enumerate(dataset.classes) if places[i] < 0 and counts[i]}
+    if not dataset.classes:
+        raise UserError(f"no image of {data} has a label")
     if not (places[counts > 0] >= 0).any():
         raise UserError(
             f"none of the classes of {data} is a class of the model, and they are matched by name: {_shown(unknown)}; "
@@ -224,7 +228,8 @@ def match_classes(
         hint = did_you_mean(first, classes, prefix=f" (for {first}: ")
         raise UserError(
             f"{data} has {plural(len(unknown), 'class', 'classes')} that the model does not have: {_shown(unknown)}"
-            f"{hint and hint + ')'}. Rename them, or leave out their {plural(sum(unknown.values()), 'image')} with "
+            f"{hint and hint + ')'}. Rename them, or leave out "
+            f"{'these labels' if dataset.is_multi_label else 'their ' + plural(sum(unknown.values()), 'image')} with "
             "--ignore-unknown-classes"
         )
     return indices[is_known], labels, unknown
@@ -259,8 +264,10 @@ def _notes(run: Run, config: DataConfig, trained: TrainedModel, found: Evaluatio
         count = f"{len(found.missing_classes)} of the model's {len(trained.classes)} classes"
         notes.append(f"no images of {count}: {_shown(found.missing_classes)}")
     if found.unknown_classes:
-        images = plural(sum(found.unknown_classes.values()), "image")
-        notes.append(f"left out: {images} of classes that the model does not have: {_shown(found.unknown_classes)}")
+        number = sum(found.unknown_classes.values())
+        is_multi_label = trained.task.kind == "multi_label"
+        left_out = plural(number, "label") if is_multi_label else f"{plural(number, 'image')} of classes"
+        notes.append(f"left out: {left_out} that the model does not have: {_shown(found.unknown_classes)}")
     own = run.recipe.data
     if (config.dataset, config.name, config.root) == (own.dataset, own.name, own.root):
         trained_on = len(set(run.split["train"]).intersection(names))
