@@ -20,6 +20,7 @@ from two_digits import write_two_digits
 
 from toolkit.inference.export import PROBABILITIES
 from toolkit.metrics import measures_of
+from toolkit.report.run_data import load_run_data
 from toolkit.runs import Run, open_run
 from toolkit.training.train_step import TrainStep
 from toolkit.training.trained_model import load_model
@@ -144,7 +145,7 @@ def test_predictions_and_class_metrics_equal_scikit_learn_s(run: Run) -> None:
         expected = oracle.precision_recall_fscore_support(labels, decided, labels=classes, zero_division=0)
         assert best["test_accuracy"] == pytest.approx(oracle.accuracy_score(labels, decided), abs=1e-9)
     else:
-        rows = run.predictions(classes)
+        rows = run.predictions()
         truth, found = (
             np.array([[name in row[column].split(";") for name in classes] for row in rows])
             for column in ("labels", "predictions")
@@ -178,20 +179,30 @@ def test_the_report_shows_what_the_kind_of_task_has(run: Run) -> None:
     assert ("Calibration" in page) == (kind_of(run) == "single_label")
 
 
+def test_damaged_predictions_are_named_and_the_rest_is_reported(run: Run, tmp_path: Path) -> None:
+    copy = Run(shutil.copytree(run.path, tmp_path / "copy"))
+    file = copy.path / "predictions.csv"
+    lines = file.read_text().splitlines()
+    for damage in (lines[0].replace("one", "uno").replace("label", "lable"), lines[0]):
+        file.write_text("\n".join([damage, "x,a;b,c,2.0", *lines[2:]]))
+        data = load_run_data(copy)
+        assert data.epochs
+        assert any("predictions.csv is damaged" in text for text in data.missing)
+        assert toolkit("explain", copy.path).status == 2
+
+
 def test_predict_lists_the_class_or_all_labels_above_their_thresholds(run: Run, table: Path) -> None:
     found = toolkit("predict", run.path, table.parent / "test", "--format", "json")
     assert found.status == 0, found.stderr
     listed = {Path(each["path"]).name: each["predictions"] for each in json.loads(found.stdout)}
-    column, classes = (
-        ("prediction", None) if kind_of(run) == "single_label" else ("predictions", run.model_card["classes"])
-    )
-    for row in run.predictions(classes):
+    column = "predictions" if is_multi_label(run) else "prediction"
+    for row in run.predictions():
         predictions = listed[Path(row["path"]).name]
         assert {each["class"] for each in predictions} == set(filter(None, row[column].split(";")))
         probabilities = [each["probability"] for each in predictions]
         assert probabilities == sorted(probabilities, reverse=True)
     lines = toolkit("predict", run.path, table.parent / "test").stdout.splitlines()
-    columns = "path,prediction,probability" if classes is None else "path,predictions,probabilities"
+    columns = "path,predictions,probabilities" if is_multi_label(run) else "path,prediction,probability"
     assert (lines[0], len(lines)) == (columns, 55)
     two = json.loads(toolkit("predict", run.path, table.parent / "test", "-k", "2", "--json").stdout)
     assert {len(each["predictions"]) for each in two} == {2}, "regardless of thresholds"
@@ -236,7 +247,7 @@ def test_explain_shows_the_prediction_or_each_label_predicted_or_missed(run: Run
         assert len(rows) == 2
         assert all(row["prediction"] != row["label"] for row in rows)
     else:
-        recorded = {row["path"]: row for row in run.predictions(run.model_card["classes"])}
+        recorded = {row["path"]: row for row in run.predictions()}
         for path in {row["path"] for row in rows}:
             wanted = {*recorded[path]["labels"].split(";"), *recorded[path]["predictions"].split(";")} - {""}
             assert {row["prediction"] for row in rows if row["path"] == path} == wanted
@@ -297,7 +308,7 @@ def test_training_options_work_with_both_kinds(tmp_path: Path, table: Path, kind
     assert np.isfinite([record["train/loss"] for record in run.epochs()]).all()
     if kind == "multi_label" and "task.threshold=0.4" in more:
         assert set(run.model_card["task"]["thresholds"]) == {0.4}
-        rows = run.predictions(run.model_card["classes"])
+        rows = run.predictions()
         for row in rows:
             above = [name for name in run.model_card["classes"] if float(row[f"probability of {name}"]) >= 0.4]
             assert row["predictions"] == ";".join(above)

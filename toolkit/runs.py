@@ -280,16 +280,20 @@ class Run:
         """Return the lines of metrics.jsonl written at the end of an epoch."""
         return [record for record in self.metrics() if "train/loss" in record]
 
-    def predictions(self, classes: Sequence[str] | None = None) -> list[dict[str, str]]:
-        """Return the rows of predictions.csv, in the order of the data set; ``classes``: those of a multi-label run."""
+    def predictions(self) -> list[dict[str, str]]:
+        """Return the rows of predictions.csv, in the order of the data set.
+
+        The columns are :data:`PREDICTION_COLUMNS` or, for a multi-label run, :func:`label_columns`.
+        """
         path = self.path / "predictions.csv"
         if not path.exists() and not self.has_test:
             raise UserError(f"{self.path} has no test images, so it has no predictions.csv (data.split.test)")
-        if classes is None:
-            rows, numbers = read_csv(path, PREDICTION_COLUMNS), ["probability"]
-        else:
-            names = label_columns(classes)
-            rows, numbers = read_csv(path, names), names[len(LABEL_COLUMNS) :]
+        columns: Sequence[str] = PREDICTION_COLUMNS
+        header = read_bytes(path).partition(b"\n")[0].decode(errors="replace")
+        if header.startswith(",".join(LABEL_COLUMNS)):
+            columns = next(csv.reader([header]))
+        rows = read_csv(path, columns)
+        numbers = columns[len(LABEL_COLUMNS) :]
         for number, row in enumerate(rows, 1):
             for column in numbers:
                 if not _is_fraction(row[column]):
@@ -298,10 +302,9 @@ class Run:
 
     def correct_predictions(self) -> dict[str, bool]:
         """Return whether each test image was classified correctly, by its name: all labels, if it has several."""
-        if self.recipe.task.kind == "single_label":
-            return {row["path"]: row["label"] == row["prediction"] for row in self.predictions()}
-        rows = self.predictions(self.model_card["classes"])
-        return {row["path"]: row["labels"] == row["predictions"] for row in rows}
+        rows = self.predictions()
+        truth, found = ("label", "prediction") if rows and "label" in rows[0] else ("labels", "predictions")
+        return {row["path"]: row[truth] == row[found] for row in rows}
 
     def lock(self, log: Callable[[str], None] = lambda line: None) -> Lock:
         """Acquire the run's write lock, held by one trainer at a time; see :mod:`toolkit.locks`.

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
+from toolkit.reading import UnreadableFile
 from toolkit.report.html import HtmlCell, HtmlRow, HtmlTable, integer, name, share
 from toolkit.report.plot_style import CYCLE, fitted, grid, labeled_axes, short
 from toolkit.report.prediction_metrics import Counts, Ints
-from toolkit.runs import LABEL_COLUMNS, LABEL_SEPARATOR, Run
+from toolkit.runs import LABEL_COLUMNS, LABEL_SEPARATOR, Run, label_columns
 from toolkit.training.classification_metrics import RankingCurve, multi_label_class_metrics, ranking_curves
 
 MAX_PAIRS = 300
@@ -65,12 +66,17 @@ class LabelPredictions:
 
 def read_label_predictions(run: Run, classes: list[str]) -> LabelPredictions:
     """Read a multi-label predictions.csv. Raises UserError if it is damaged."""
-    rows = run.predictions(classes)
+    file, rows, columns = run.path / "predictions.csv", run.predictions(), label_columns(classes)
+    if not rows or list(rows[0]) != columns:
+        raise UnreadableFile(file, f"it should have rows with the columns {','.join(columns)[:80]}, ...")
     index = {text: number for number, text in enumerate(classes)}
     masks = np.zeros((2, len(rows), len(classes)), dtype=np.uint8)
     for mask, column in zip(masks, LABEL_COLUMNS[1:], strict=True):
         for number, row in enumerate(rows):
-            mask[number, [index[text] for text in row[column].split(LABEL_SEPARATOR) if text]] = 1
+            names = [text for text in row[column].split(LABEL_SEPARATOR) if text]
+            if any(text not in index for text in names):
+                raise UnreadableFile(file, f"line {number + 2} names a label that the run does not have")
+            mask[number, [index[text] for text in names]] = 1
     scores = np.array([list(row.values())[len(LABEL_COLUMNS) :] for row in rows], dtype=np.float32)
     return LabelPredictions([row["path"] for row in rows], classes, masks[0], masks[1].astype(bool), scores)
 

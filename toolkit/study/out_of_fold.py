@@ -34,8 +34,7 @@ def _predictions(folder: StudyDirectory, members: Sequence[StudyRun]) -> Iterato
     runs = _runs(folder, members, where)
     fold_of: dict[str, int] = {}
     for fold, run in runs.items():
-        classes = run.model_card["classes"] if run.recipe.task.kind == "multi_label" else None
-        for row in run.predictions(classes):
+        for row in run.predictions():
             known = fold_of.setdefault(row["path"], fold)
             if known != fold:
                 raise UserError(

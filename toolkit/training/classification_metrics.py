@@ -6,6 +6,7 @@ is predicted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,18 +149,16 @@ def single_label_metrics(labels: Ints, predictions: Ints, in_top5: Bools, classe
 
 
 def multi_label_metrics(
-    labels: npt.NDArray[np.uint8], scores: npt.NDArray[np.floating], thresholds: Floats
+    labels: npt.NDArray[np.uint8], predictions: Bools, curves: Sequence[RankingCurve]
 ) -> dict[str, float]:
-    """Return the metrics of labels [N, K] with scores [N, K] and the thresholds [K] that decide.
+    """Return the metrics of labels [N, K] with predictions [N, K] and the curves of the scores.
 
     accuracy is the subset accuracy: the share of images whose labels are all predicted correctly. map is the mean
     average precision over the labels that are present in an image; auroc the mean over the labels that are present in
     some images and absent from others. macro_f1 is the mean F1 over all labels, micro_f1 the F1 of all decisions
     together. Undefined metrics are left out.
     """
-    predictions = scores >= thresholds
     of_label = multi_label_class_metrics(labels, predictions)
-    curves = ranking_curves(labels, scores)
     hits, decisions = np.count_nonzero(predictions & (labels == 1)), of_label.support.sum() + of_label.predicted.sum()
     found = {
         "accuracy": float((predictions == labels).all(1).mean()),

@@ -6,6 +6,7 @@ is decided by itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from toolkit.training.classification_metrics import (
     DEFAULT_THRESHOLD,
     ClassMetrics,
     Floats,
+    RankingCurve,
     multi_label_class_metrics,
     multi_label_metrics,
     ranking_curves,
@@ -46,6 +48,11 @@ class EvalResult:
     def loss(self) -> float:
         """Mean loss of the examples."""
         return float(self.outcomes[:, 0].astype(np.float64).mean())
+
+    @functools.cached_property
+    def curves(self) -> list[RankingCurve]:
+        """Precision and recall of each label at every threshold; only for multi-label."""
+        return ranking_curves(self.labels, self.outcomes[:, 1:])
 
 
 @dataclass(frozen=True)
@@ -179,8 +186,7 @@ class MultiLabel:
         """Return the task with thresholds chosen on a result of the validation images, unless they are fixed."""
         if not self.is_tuned:
             return self
-        curves = ranking_curves(result.labels, result.outcomes[:, 1:])
-        return replace(self, thresholds=np.array([curve.best_threshold for curve in curves]))
+        return replace(self, thresholds=np.array([curve.best_threshold for curve in result.curves]))
 
     def predictions(self, result: EvalResult) -> npt.NDArray[np.bool_]:
         """Return the predicted labels, bool [N, K]."""
@@ -189,12 +195,12 @@ class MultiLabel:
 
     def metrics(self, result: EvalResult, prefix: str) -> dict[str, float]:
         """Return the metrics of :data:`toolkit.metrics.MEASURES`, each name prefixed (e.g. with ``val/``)."""
-        found = multi_label_metrics(result.labels, result.outcomes[:, 1:], self.thresholds)
+        found = multi_label_metrics(result.labels, self.predictions(result), result.curves)
         return {f"{prefix}{name}": value for name, value in {"loss": result.loss, **found}.items()}
 
     def class_metrics(self, result: EvalResult) -> tuple[ClassMetrics, dict[str, Floats]]:
         """Return the metrics of each label, and other columns of class_metrics.csv; NaN for what is undefined."""
-        curves = ranking_curves(result.labels, result.outcomes[:, 1:])
+        curves = result.curves
         precisions = [curve.average_precision if curve.positives else np.nan for curve in curves]
         areas = [curve.auroc if 0 < curve.positives < len(result.labels) else np.nan for curve in curves]
         others = {"average_precision": np.array(precisions), "auroc": np.array(areas), "threshold": self.thresholds}
