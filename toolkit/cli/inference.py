@@ -60,17 +60,15 @@ def evaluate(
     data_root: DataRoot = None,
     as_json: AsJson = False,
 ) -> int:
-    """Evaluate a run's model again and compare with its summary, or evaluate it on another data set.
+    """Evaluate a run's model again, or on another data set.
 
-    Each metric that the run recorded for this split is recomputed and compared: equal, different by rounding, or
+    Each metric that the run recorded for this split is recomputed and compared with the summary: equal, different by rounding, or
     different. Exit status 1 if one is different.
 
     With --data, the model is evaluated on other images, whose classes are matched by name. Metrics and predictions are
-    written to RUN/evaluations/NAME, and the run's report shows them beside its own.
+    written to RUN/evaluations/NAME, and the run's report shows them beside its own: toolkit evaluate RUN --data photos/
 
     Example: toolkit evaluate runs/quickstart/20260102-030405-abcd --split validation
-
-    Example: toolkit evaluate runs/quickstart --data photos/ --name photos
 
     On several processes: accelerate launch -m toolkit evaluate RUN
     """
