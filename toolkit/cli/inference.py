@@ -62,8 +62,8 @@ def evaluate(
 ) -> int:
     """Evaluate a run's model again, or on another data set.
 
-    Each metric that the run recorded for this split is recomputed and compared with the summary: equal, different by rounding, or
-    different. Exit status 1 if one is different.
+    Each metric that the run recorded for this split is recomputed and compared with the summary: equal, different by
+    rounding, or different. Exit status 1 if one is different.
 
     With --data, the model is evaluated on other images, whose classes are matched by name. Metrics and predictions are
     written to RUN/evaluations/NAME, and the run's report shows them beside its own: toolkit evaluate RUN --data photos/
