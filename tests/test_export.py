@@ -227,6 +227,16 @@ def test_without_the_data_synthetic_images_are_compared_and_reported(
     assert "checked on 64 synthetic images (the run's data set is not available)" in outcome.stdout
 
 
+def test_a_run_with_fewer_images_is_compared_on_synthetic_ones(
+    runs: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "IMAGES", 131)
+    path = runs("convnet").path
+    images, description = exporting.images_to_compare(path, load_model(path))
+    assert len(images) == 131
+    assert description == "131 synthetic images (only 130 images of the run are available)"
+
+
 @pytest.mark.parametrize("error", [1.1e-4, float("nan")])
 def test_an_export_with_different_outputs_is_deleted(
     runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float

@@ -188,7 +188,8 @@ def images_to_compare(path: Path, trained: TrainedModel) -> tuple[Tensor, str]:
             inputs += [transform(dataset.images.load(int(i))) for i in indices[: IMAGES - len(inputs)]]
             if len(inputs) == IMAGES:
                 return torch.stack(inputs), f"{IMAGES} images of the run's data"
-    return _noise(trained), f"{IMAGES} synthetic images (the run's data set is not available)"
+    why = f"only {len(inputs)} images of the run are available" if inputs else "the run's data set is not available"
+    return _noise(trained), f"{IMAGES} synthetic images ({why})"
 
 
 def _noise(trained: TrainedModel) -> Tensor:
