@@ -173,6 +173,11 @@ def test_several_labels_are_a_list_text_with_a_separator_or_columns(tmp_path: Pa
         assert data.labels.tolist() == expected
 
 
+def test_columns_of_labels_may_hold_truth_values_and_floats_as_pandas_writes_them(tmp_path: Path) -> None:
+    table = written(tmp_path, "image,cat,dog\na.png,True,0.0\nb.png,False,1.0\nc.png,1, 1\n")
+    assert opened(table, columns={"label": ["cat", "dog"]}).labels.tolist() == [[1, 0], [0, 1], [1, 1]]
+
+
 def test_splits_groups_and_weights_are_read(tmp_path: Path) -> None:
     table = written(tmp_path, "image,label,s,g,w\na.png,x,Train,p1,1\nb.png,y,val,p2,0.5\nc.png,y,TRAINING,p1,0\n")
     data = opened(table, columns={"split": "s", "group": "g", "weight": "w"})

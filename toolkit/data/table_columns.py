@@ -154,6 +154,10 @@ class _Labels(_Codes):
         self.ends.append(len(self.values))
 
 
+_INDICATOR_VALUES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+"""Also what pandas writes to CSV files for floats and truth values."""
+
+
 class _Indicator:
     """A column that has 1 for images with its label and 0 for the others."""
 
@@ -161,10 +165,10 @@ class _Indicator:
         self.name, self.values = name, bytearray()
 
     def add(self, value: Any) -> None:
-        text = value.strip() if isinstance(value, str) else value
-        if text not in (0, 1, "0", "1"):
-            raise ValueError(f"{self.name} is {value!r} instead of 0 or 1")
-        self.values.append(int(text))
+        number = _INDICATOR_VALUES.get(str(value).strip().lower())
+        if number is None:
+            raise ValueError(f"{self.name} is {reprlib.repr(value)} instead of 0 or 1")
+        self.values.append(number)
 
 
 class _Weights:
