@@ -429,6 +429,18 @@ def test_a_url_that_cannot_be_reached_is_one_sentence(root: str, message: str) -
     assert "\n" not in found
 
 
+def test_without_a_network_the_shards_in_the_cache_are_used(url: str, folder: Path) -> None:
+    assert loaded(opened(url)) == loaded(opened(folder))
+    fsspec.filesystem("memory").rm("/images", recursive=True)
+    found = opened(url)
+    assert "the index in the cache folder is used" in found.notes[0]
+    assert loaded(found) == loaded(opened(folder))
+    kept(found)[0].unlink()
+    with pytest.raises(RunFailed, match="could not be read"):
+        [found.images.load(i) for i in range(130)]
+    fsspec.filesystem("memory").mkdir("/images")
+
+
 def test_a_repacked_data_set_at_the_same_url_is_noticed(url: str, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     assert len(loaded(opened(url))) == 130
@@ -464,7 +476,7 @@ def test_shards_are_fetched_over_http(folder: Path) -> None:
     finally:
         server.shutdown()
         server.server_close()
-    assert "cannot be reached" in error_of(root)
+    assert "cannot be reached" in error_of(f"{root}/other")
 
 
 def test_an_order_that_would_fetch_shards_again_and_again_is_refused(url: str) -> None:

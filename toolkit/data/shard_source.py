@@ -7,7 +7,7 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ class ShardImages:
 
     index: ShardIndex
     files: ShardFiles
+    note: str = ""
+    """Addition to the line of the log."""
 
     @property
     def stored_in(self) -> npt.NDArray[np.int32]:
@@ -83,7 +85,7 @@ def open_shards(config: DataConfig) -> Dataset:
         lists=index.lists,
         native_size=index.native_size,
         native_channels=index.native_channels,
-        notes=(f"{config.root_folder}: {len(source):,} images in {len(index.shards)} shards",),
+        notes=(f"{config.root_folder}: {len(source):,} images in {len(index.shards)} shards{source.note}",),
         groups=index.groups,
         weights=index.weights,
     )
@@ -134,25 +136,39 @@ def _open_url(config: DataConfig) -> ShardImages:
     folder = _cache_folder(url)
     folder.mkdir(parents=True, exist_ok=True)
     limit = None if config.cache_limit is None else int(config.cache_limit * 2**30)
-    with url_errors(url):
-        filesystem, path = open_url(url)
-        if filesystem.exists(f"{path}/{INDEX_NAME}"):
-            # The name changes with the file, as far as the file system can tell without reading it.
-            state = str(filesystem.info(f"{path}/{INDEX_NAME}"))
-            kept = folder / f"{content_key({'index': state})}.safetensors"
-            if not kept.exists():
-                partial = kept.with_name(f".{kept.name}-{os.getpid()}.tmp")
-                filesystem.get_file(f"{path}/{INDEX_NAME}", str(partial))
-                ShardIndex.read(partial)
-                os.replace(partial, kept)
-            index = _packed(kept, config)
-            describe_folder(folder, {"kind": "shards", "data": url, "images": len(index.shard), "what": "from a URL"})
-            return ShardImages(index, FetchedShards(url, index.shards, folder, limit))
-        names = [str(entry["name"]) for entry in filesystem.ls(path, detail=True)]
-        states = {os.path.basename(name): filesystem.info(name) for name in names if name.endswith(".tar")}
+    note = ""
+    try:
+        with url_errors(url):
+            filesystem, path = open_url(url)
+            kept = _fetch_index(filesystem, f"{path}/{INDEX_NAME}", folder)
+            names = [] if kept else [str(entry["name"]) for entry in filesystem.ls(path, detail=True)]
+            states = {os.path.basename(name): filesystem.info(name) for name in names if name.endswith(".tar")}
+    except UserError as error:  # without a network, what was fetched earlier can still be used
+        kept = max(folder.glob("index-*"), key=lambda path: path.stat().st_mtime, default=None)
+        if kept is None:
+            raise
+        note = f"; the index in the cache folder is used, since {error}"
+    if kept is not None:
+        index = _packed(kept, config)
+        describe_folder(folder, {"kind": "shards", "data": url, "images": len(index.shard), "what": "from a URL"})
+        return ShardImages(index, FetchedShards(url, index.shards, folder, limit), note)
     shards = [Shard(name, states[name]["size"]) for name in sorted(states)]
     files = FetchedShards(url, shards, folder, limit)
     return ShardImages(_scanned(config, files, [str(states[shard.name]) for shard in shards], url), files)
+
+
+def _fetch_index(filesystem: Any, path: str, folder: Path) -> Path | None:
+    """Return the index of a URL in the cache folder, fetched unless it is there; None if the URL has no index."""
+    if not filesystem.exists(path):
+        return None
+    # The name changes with the file, as far as the file system can tell without reading it.
+    kept = folder / f"index-{content_key({'state': str(filesystem.info(path))})}.safetensors"
+    if not kept.exists():
+        partial = kept.with_name(f".{kept.name}-{os.getpid()}.tmp")
+        filesystem.get_file(path, str(partial))
+        ShardIndex.read(partial)
+        os.replace(partial, kept)
+    return kept
 
 
 def _cache_folder(root: str) -> Path:
@@ -182,7 +198,7 @@ def _scanned(config: DataConfig, files: ShardFiles, versions: list[str], root: s
             names = Path(names).read_text(errors="surrogateescape")
     facts = {"shards": files.shards, "versions": versions, "columns": columns, "names": names}
     folder = _cache_folder(root)
-    kept = folder / f"{content_key({**facts, 'separator': config.label_separator})}.safetensors"
+    kept = folder / f"scan-{content_key({**facts, 'separator': config.label_separator})}.safetensors"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
         index = scan(config, files, versions)
