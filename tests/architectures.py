@@ -64,7 +64,7 @@ def check_step(built: ModelBundle, size: int) -> None:
     transfer.train_mode()
     used = set(probe(built.module, 3, (size, size)).used)
     device = next(built.module.parameters()).device
-    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     loss = nn.functional.cross_entropy(built.module(images), torch.tensor([0, 1], device=device))
     loss.backward()
     without = {name for name, p in built.module.named_parameters() if p.grad is None}

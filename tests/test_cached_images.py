@@ -197,7 +197,7 @@ def test_every_shipped_set_of_transforms_gives_the_same_pixels(photographs: Path
     assert len(sets) > 35
     kinds = set()
     for recipe in sets.values():
-        images: Any = files_of(photographs)
+        images: Any = files_of(photographs, recipe.data.channels or 3)
         native = None
         if recipe.data.dataset in ("cifar10", "digits"):
             native = 8 if recipe.data.dataset == "digits" else 32

@@ -34,11 +34,11 @@ from trainers import (
 )
 
 import toolkit.training.checkpoint
-import toolkit.training.evaluation
 import toolkit.training.finalize
 import toolkit.training.fit
 from toolkit.runs import Run
 from toolkit.trackers import Tracking
+from toolkit.training.task import SingleLabel
 from toolkit.training.train_step import TrainStep
 
 pytestmark = pytest.mark.long
@@ -86,7 +86,7 @@ class Killer:
             case "step":
                 at_call(TrainStep, "_update", 1, self._kill, after=self.chance > 2 / 3)
             case "evaluation":
-                at_call(toolkit.training.evaluation, "outcomes", 1 + int(self.chance * 2), self._kill)
+                at_call(SingleLabel, "outcomes", 1 + int(self.chance * 2), self._kill)
             case "file":
                 at_call(os, ["fsync", "replace"][int(self.chance * 100) % 2], 1 + int(self.chance * 6), self._kill)
             case "half":
@@ -231,7 +231,7 @@ def test_killed_before_each_file_operation_at_the_end(tmp_path: Path, world: int
         killed(world, folder, recipe, functools.partial(kill_before_file_operation, count, begin), *EMA)
         if only_run(folder).is_finished:
             break
-    assert count == 8, "best weights, predictions.csv and finally summary.json"
+    assert count == 11, "best weights, predictions.csv, class_metrics.csv and finally summary.json"
     assert outcome(only_run(folder)) == plain
 
 

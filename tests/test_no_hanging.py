@@ -23,9 +23,9 @@ import toolkit.data.dataloader
 import toolkit.runs
 import toolkit.training.checkpoint
 import toolkit.training.context
-import toolkit.training.evaluation
 from toolkit.distributed import failure_detection
 from toolkit.models.build import ModelBundle
+from toolkit.training.task import SingleLabel
 from toolkit.training.train_step import TrainStep
 
 pytestmark = pytest.mark.long
@@ -45,7 +45,7 @@ def statuses_and_output(
 
 
 def fail_on(rank: int, phase: str, act: Callable[[], None], mine: int) -> None:
-    owner, name = {"step": (TrainStep, "_update"), "evaluation": (toolkit.training.evaluation, "outcomes")}[phase]
+    owner, name = {"step": (TrainStep, "_update"), "evaluation": (SingleLabel, "outcomes")}[phase]
     if mine == rank:
         at_call(owner, name, 5, act)
 

@@ -17,11 +17,11 @@ import pytest
 from test_train import wandb_records
 from trainers import EMA, FROZEN, STATEFUL, Trainers, at_call, only_run, outcome, uninterrupted, write_recipe
 
-import toolkit.training.evaluation
 from toolkit.cache import frozen_features
 from toolkit.errors import UserError
 from toolkit.recipe import load
 from toolkit.training.fit import fit
+from toolkit.training.task import SingleLabel
 from toolkit.training.train_step import TrainStep
 
 pytestmark = pytest.mark.long
@@ -41,7 +41,7 @@ def mark_at(phase: str, count: int, path: Path, rank: int) -> None:
     """Make rank 0 touch a file at the ``count``-th call of a phase and wait there until it is deleted."""
     owner, name = {
         "step": (TrainStep, "_update"),
-        "evaluation": (toolkit.training.evaluation, "outcomes"),
+        "evaluation": (SingleLabel, "outcomes"),
         "features": (frozen_features, "prefix_features"),
     }[phase]
     if rank == 0:
