@@ -277,14 +277,14 @@ def test_a_tar_that_was_cut_short_is_refused(tmp_path: Path, size: int) -> None:
     cut(tmp_path / "a.tar", size)
     message = error_of(tmp_path)
     assert "ROOT/a.tar" in message
-    assert "cut short" in message
+    assert "truncated" in message
 
 
 def test_a_folder_without_shards_and_other_files_are_refused(tmp_path: Path) -> None:
-    assert error_of(tmp_path) == "ROOT has neither index.safetensors nor a file that ends in .tar"
+    assert error_of(tmp_path) == "ROOT contains neither index.safetensors nor files that end in .tar"
     assert "is not a folder" in error_of(tmp_path / "none")
     (tmp_path / "a.tar").write_bytes(b"no tar file" * 100)
-    assert "ROOT/a.tar cannot be read as a tar file that is not compressed" in error_of(tmp_path)
+    assert "ROOT/a.tar cannot be read as an uncompressed tar file" in error_of(tmp_path)
 
 
 # -- damaged shards and indexes ---------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_a_packed_shard_that_was_cut_short_is_one_sentence(folder: Path, tmp_pat
     root = copied(folder, tmp_path / "shards")
     size = (root / "test-000000.tar").stat().st_size
     cut(root / "test-000000.tar", 9_000)
-    assert f"ROOT/test-000000.tar has 9,000 bytes instead of {size:,}: it was cut short" in error_of(root)
+    assert f"ROOT/test-000000.tar has 9,000 bytes instead of {size:,}: it was truncated" in error_of(root)
     (root / "test-000000.tar").unlink()
     assert error_of(root) == "the shard ROOT/test-000000.tar cannot be read: No such file or directory"
 
@@ -315,7 +315,7 @@ def test_an_index_cannot_name_files_elsewhere(folder: Path, tmp_path: Path) -> N
 
 
 def test_keys_that_the_index_makes_superfluous_are_refused(folder: Path) -> None:
-    message = "data.class_names has no effect: the index of ROOT has classes and labels. Remove the key"
+    message = "data.class_names has no effect: the index of ROOT contains classes and labels; remove the key"
     assert error_of(folder, class_names=["a", "b"]) == message
 
 
@@ -395,8 +395,8 @@ def test_what_a_killed_process_left_does_not_count(url: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data[:-512], "bytes arrived: the shard was cut short, or replaced"),
-        (lambda data: data[:-20480] + b"1" + data[-20479:], "its checksum differs from the index"),
+        (lambda data: data[:-512], ": the shard was truncated or replaced"),
+        (lambda data: data[:-20480] + b"1" + data[-20479:], "its checksum differs from the one in the index"),
         (None, "train-000000.tar"),
     ],
 )
@@ -487,7 +487,7 @@ def test_an_order_that_would_fetch_shards_again_and_again_is_refused(url: str) -
         return str(caught.value)
 
     assert "set data.shuffle_shards = 10" in message()
-    assert "data.shuffle_shards = 4 needs room for two more than that" in message(shuffle_shards=4)
+    assert "data.shuffle_shards = 4 needs room for two shards more than that" in message(shuffle_shards=4)
     for settings in ({"shuffle_shards": 2, "cache_limit": 150_000 / 2**30}, {}):
         table = config(root=url, **settings)
         check_reading_order(open_dataset(table), table)

@@ -190,7 +190,7 @@ def test_splits_groups_and_weights_are_read(tmp_path: Path) -> None:
     assert data.weights is not None
     assert data.weights.tolist() == [1, 0.5, 0]
     note = opened(written(tmp_path, "image,label,split\na.png,x,train\nb.png,y,train\n")).notes[1]
-    assert note == "column 'split' is not used; data.columns.split = 'split' would take the splits from it"
+    assert note == "column 'split' is not used; to take the splits from it, set data.columns.split = 'split'"
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------
@@ -206,20 +206,20 @@ def test_splits_groups_and_weights_are_read(tmp_path: Path) -> None:
         ("a.png,cat\nb.png,mouse\nc.png,2\n", {"class_names": ["cat", "dog"]},
          "row 3: the label 'mouse' is not in data.class_names; row 4: the label '2' is not in data.class_names"),
         ("a.png,cat\nb.png,dog\n", {"columns": {"label": "lable"}},
-         "labels.csv has no column 'lable', only image, label; data.columns.label says which "
+         "labels.csv has no column 'lable', only image, label; data.columns.label sets the "
          "column to read: did you mean label?"),
         ("a.png,cat\nb.png,tset\n", {"columns": {"split": "label"}}, "row 2: unknown split 'cat'"),
         ("a.png,cat\nb.png,dog\n", {"columns": {"split": "label", "label": "image"}}, "2 rows of labels.csv"),
         ("a.png,test\nb.png,val\n", {"columns": {"split": "label"}},
          "has no training images: no row has the split train"),
-        ("a.png,-1\n", {"columns": {"weight": "label"}}, "row 2: the weight '-1' is not a number of at least 0"),
+        ("a.png,-1\n", {"columns": {"weight": "label"}}, "row 2: the weight '-1' is not a finite number of at least 0"),
         ("a.png,1\nb.png,2\n", {"columns": {"label": ["label", "image"]}}, "row 3: label is '2' instead of 0 or 1"),
         ("a.png,cat\nb.png,cat\n", {}, "has only the class 'cat'; a classifier needs two or more"),
         ("a.png,\nb.png,\n", {"label_separator": ";"}, "labels.csv has no label in any row; a classifier needs two"),
         ("./a.png,cat\na.png,dog\nb//c.png,cat\nb/c.png,dog\n", {},
          "row 3: a.png is also in row 2; row 5: b/c.png is also in row 4"),
         (f"a.png,{'9' * 5000}\n", {}, f"has only the class '{'9' * 5000}'"),
-        ("", {}, "labels.csv has no rows below the names of its columns"),
+        ("", {}, "labels.csv has no rows below the column names"),
     ],
 )  # fmt: skip
 def test_faulty_tables_are_refused(text: str, settings: dict[str, Any], expected: str, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_many_faulty_rows_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("labels.xlsx", b"", "must end in .csv, .tsv, .jsonl, .ndjson, .parquet, which tells its format"),
+        ("labels.xlsx", b"", "the format is unknown; the name must end in .csv, .tsv, .jsonl, .ndjson, .parquet"),
         ("labels.csv", None, "is not a file; paths are relative to the working directory"),
         ("labels.csv", b"", "labels.csv is empty"),
         ("labels.csv", b"image,label,image\n", "has more than one column 'image'"),
@@ -284,6 +284,6 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         return original(name, *arguments, **named)
 
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
-    assert "needs pyarrow: install it with `pip install pyarrow`, or this toolkit's extra `parquet`" in error_of(
+    assert "needs pyarrow: install it with `pip install pyarrow`, or the toolkit's extra `parquet`" in error_of(
         tmp_path / "i.parquet"
     )

@@ -1,6 +1,6 @@
-"""Reading bytes from shards: tar files in a folder, or fetched from a URL into a folder of bounded size.
+"""Reading bytes from shards: tar files in a folder, or downloaded from a URL to a folder of limited size.
 
-fsspec's own caches (``filecache``, ``simplecache``) neither limit their size nor lock between processes.
+fsspec's own caches (``filecache``, ``simplecache``) neither limit their size nor use locks between processes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from toolkit.errors import UserError, first_line
 from toolkit.locks import held, is_held
 
 KEPT_OPEN = 256
-"""Number of local shards that stay open in each process; others are opened for each image."""
+"""Number of local shards that each process keeps open; others are opened again for every image."""
 
 PAUSES_S = (1.0, 5.0)
-"""Seconds before the second and the third attempt to fetch a shard."""
+"""Seconds to wait before the second and the third attempt to download a shard."""
 
 
 class LocalShards:
-    """Shards in a folder; data workers and threads read at the same time."""
+    """Shards in a folder; data workers and threads may read at the same time."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        """Raises UserError if a shard is missing or does not have its size."""
+        """Raises UserError if a shard is missing or its size differs from the one in ``shards``."""
         self.folder, self.shards = folder, shards
         self._open: dict[int, BinaryIO] = {}
         for shard in shards:
@@ -40,16 +40,16 @@ class LocalShards:
                 raise UserError(f"the shard {folder / shard.name} cannot be read: {error.strerror}") from None
             if size != shard.size:
                 raise UserError(
-                    f"the shard {folder / shard.name} has {size:,} bytes instead of {shard.size:,}: it was cut short "
+                    f"the shard {folder / shard.name} has {size:,} bytes instead of {shard.size:,}: it was truncated "
                     "or replaced; copy it again"
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the open files, which cannot be sent to another process."""
+        """Return the state without the open files, which cannot be pickled."""
         return {**self.__dict__, "_open": {}}
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        """Return bytes of a shard, fewer at its end. Raises OSError."""
+        """Return ``size`` bytes of a shard from ``offset``; fewer if the shard ends before. Raises OSError."""
         file = self._open.get(number)
         if file is None:
             file = self.open(number)
@@ -58,7 +58,7 @@ class LocalShards:
         return os.pread(file.fileno(), size, offset)
 
     def open(self, number: int) -> BinaryIO:
-        """Open a shard. Raises OSError."""
+        """Open a shard for reading. Raises OSError."""
         return open(self.folder / self.shards[number].name, "rb", buffering=0)
 
     def location(self, number: int) -> str:
@@ -67,20 +67,20 @@ class LocalShards:
 
 
 class FetchedShards:
-    """Shards that are fetched from a URL as a whole when they are first needed, and kept in a folder.
+    """Shards at a URL: each is downloaded whole when it is first needed, and kept in a folder.
 
-    Processes share the folder. A shard is fetched by one of them, under a lock, and appears in the folder only after
-    its size and checksum were compared. The shards that were not used for the longest time make room for others; a
-    process that is reading from a removed one still has it open.
+    All processes of a machine share the folder. One of them downloads a shard, under a lock, and gives the file its
+    final name only after its size and checksum have been verified. The least recently used shards are removed to make
+    room for others; a process that is reading a removed shard still has it open.
     """
 
     def __init__(self, url: str, shards: Sequence[Shard], folder: Path, limit: int | None) -> None:
-        """``limit``: most bytes in the folder; None: half of what is free without them."""
+        """``limit``: maximum size of the folder in bytes; None: half of the disk space that its shards leave free."""
         self.url, self.shards, self.folder, self._limit = url.rstrip("/"), shards, folder, limit
 
     @property
     def limit(self) -> int:
-        """Most bytes of shards that the folder may hold."""
+        """Maximum size in bytes of all shards in the folder."""
         if self._limit is not None:
             return self._limit
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ class FetchedShards:
         return (shutil.disk_usage(self.folder).free + kept) // 2
 
     def path(self, number: int) -> Path:
-        """Return where a shard is kept; the name changes with its content."""
+        """Return the local path of a shard; its name changes if the content changes."""
         shard = self.shards[number]
         return self.folder / f"{shard.sha256[:16] or shard.size}-{shard.name}"
 
@@ -97,19 +97,22 @@ class FetchedShards:
         return f"{self.url}/{self.shards[number].name}"
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        """Return bytes of a shard, fewer at its end. Raises OSError, with EIO if it cannot be fetched."""
+        """Return ``size`` bytes of a shard from ``offset``; fewer if the shard ends before.
+
+        Raises OSError, with EIO if the shard cannot be downloaded.
+        """
         with self.open(number) as file:
             os.utime(file.fileno())  # the time of last use
             return os.pread(file.fileno(), size, offset)
 
     def open(self, number: int) -> BinaryIO:
-        """Open a shard, fetched if necessary. Raises OSError, with EIO if it cannot be fetched."""
+        """Open a shard, downloading it if necessary. Raises OSError, with EIO if it cannot be downloaded."""
         path = self.path(number)
         with contextlib.suppress(FileNotFoundError):
             return open(path, "rb", buffering=0)
         self.folder.mkdir(parents=True, exist_ok=True)
         with held(_lock(path)):
-            with contextlib.suppress(FileNotFoundError):  # fetched by another process meanwhile
+            with contextlib.suppress(FileNotFoundError):  # another process may have downloaded it in the meantime
                 return open(path, "rb", buffering=0)
             partial = path.with_name(f".{path.name}.part")
             with held(self.folder / "room.lock"):
@@ -117,7 +120,7 @@ class FetchedShards:
                 partial.touch()
             try:
                 self._fetch(number, partial)
-                # Opened first, because it may be removed as soon as it has its name.
+                # Opened before it is renamed, because another process may remove it right after that.
                 file = open(partial, "rb", buffering=0)  # noqa: SIM115
                 os.replace(partial, path)
                 return file
@@ -125,13 +128,13 @@ class FetchedShards:
                 partial.unlink(missing_ok=True)
 
     def _fetch(self, number: int, path: Path) -> None:
-        """Fetch a shard to ``path`` and compare it. Raises OSError with EIO after three attempts."""
+        """Download a shard to ``path`` and verify it. Raises OSError with EIO after three failed attempts."""
         for pause in (*PAUSES_S, None):
             try:
                 filesystem, source = open_url(self.location(number))
                 filesystem.get_file(source, str(path))
                 fault = _difference(path, self.shards[number])
-            except Exception as error:  # each file system has its own exceptions
+            except Exception as error:  # every fsspec file system raises its own exceptions
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 fault = first_line(error)
@@ -142,9 +145,9 @@ class FetchedShards:
             time.sleep(pause)
 
     def _make_room(self, size: int) -> None:
-        """Remove the shards unused for the longest time until ``size`` more bytes fit; needs the lock of the folder.
+        """Remove the least recently used shards until ``size`` more bytes fit. The caller holds the folder's lock.
 
-        Shards that are being fetched count with their whole size.
+        Shards that are still being downloaded count with their full size.
         """
         sizes = {f".{self.path(number).name}.part": shard.size for number, shard in enumerate(self.shards)}
         limit, used = self.limit, 0
@@ -166,9 +169,9 @@ ShardFiles = LocalShards | FetchedShards
 
 
 def open_url(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a URL and the path in it.
+    """Return the fsspec file system of a URL and the path in it.
 
-    Called anew in each process and for each shard: file systems that use asyncio must not be used after a fork.
+    Called again in each process and for each shard, because asyncio-based file systems must not be used after a fork.
     """
     import fsspec
 
@@ -178,13 +181,13 @@ def open_url(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def url_errors(url: str) -> Iterator[None]:
-    """Turn the exceptions of any file system into UserError."""
+    """Convert the exceptions of any fsspec file system to UserError."""
     try:
         yield
     except ImportError as error:
         raise UserError(
             f"data.root = {url!r} needs a package that is not installed: {first_line(error)}; "
-            "this toolkit's extra `remote` has those for s3://, gs:// and https://"
+            "the toolkit's extra `remote` includes the packages for s3://, gs:// and https://"
         ) from error
     except UserError:
         raise
@@ -193,21 +196,21 @@ def url_errors(url: str) -> Iterator[None]:
 
 
 def _difference(path: Path, shard: Shard) -> str:
-    """Return how a fetched file differs from its shard; "" if it is the same."""
+    """Return how a downloaded file differs from its shard in the index; "" if size and checksum match."""
     size = path.stat().st_size
     if size != shard.size:
-        return f"{size:,} of {shard.size:,} bytes arrived: the shard was cut short, or replaced"
+        return f"received {size:,} bytes instead of {shard.size:,}: the shard was truncated or replaced"
     if shard.sha256:
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                return "its checksum differs from the index: the shard is damaged, or was replaced"
+                return "its checksum differs from the one in the index: the shard is damaged, or was replaced"
     return ""
 
 
 def _files(folder: Path, pattern: str) -> list[tuple[Path, os.stat_result]]:
     found = []
     for path in folder.glob(pattern):
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # removed in the meantime
             found.append((path, path.stat()))
     return found
 

@@ -1,8 +1,8 @@
-"""The index of a folder of shards: where each image is stored, its labels and its split.
+"""The index of a folder of shards: the position of each image, its label and its split.
 
-It is one safetensors file, ``index.safetensors``, that all processes map into memory: its arrays are not read before
-they are used, and exist once per machine. Everything else (class names, sizes and checksums of the shards) is JSON in
-the file's metadata.
+It is one safetensors file, ``index.safetensors``, that is memory-mapped: an array is read from disk when it is first
+used, and all processes on a machine share its pages. Everything else (class names, sizes and checksums of the shards)
+is JSON in the file's metadata.
 """
 
 from __future__ import annotations
@@ -35,40 +35,42 @@ class Shard(NamedTuple):
     size: int
     """Size in bytes."""
     sha256: str = ""
-    """Checksum, hexadecimal; empty if it is not known."""
+    """SHA-256 checksum in hexadecimal; empty if unknown."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """All images of a folder of shards, in the order of the data set that was packed."""
+    """All images of a folder of shards, in the order of the data set that they were packed from."""
 
     shards: list[Shard]
     classes: list[str]
-    """Class names, not encoded."""
+    """Class names as they are, not encoded by :func:`toolkit.filenames.encode_name`."""
     shard: npt.NDArray[np.int32]
-    """Which shard holds each image, as an index into ``shards``, [N]."""
+    """Index into ``shards`` of the shard that contains each image, [N]."""
     offset: IntArray
     """Position of the first byte of each image in its shard, int64 [N]."""
     size: IntArray
     """Number of bytes of each image, int64 [N]."""
     version: IntArray
-    """Number that changes with the content of the image, int64 [N]: its CRC-32, or a hash of its shard's state."""
+    """Number that changes if the image changes, int64 [N]: its CRC-32, or a hash of its shard's metadata."""
     labels: npt.NDArray[Any]
     """int64 [N]; multi-label: uint8 [N, classes]."""
     names: PackedStrings
-    """Name of each image in messages and predictions, encoded by :func:`toolkit.filenames.encode_name`."""
+    """Name of each image for messages and predictions, encoded by :func:`toolkit.filenames.encode_name`."""
     lists: dict[str, IntArray]
-    """Indices of the images of each official list, int64."""
+    """Indices of the images in each official list ("train", "val", "test"), int64."""
     groups: IntArray | None = None
+    """Group number of each image, int64 [N]."""
     weights: npt.NDArray[np.float64] | None = None
+    """Weight of each image in the training loss, [N]."""
     native_size: int | None = None
     """Height and width of all images in pixels; None if they differ."""
     native_channels: int = 3
     is_checked: bool = False
-    """Whether all images were found to be whole, with 8 bits per sample, when the index was written."""
+    """Whether the images were checked when the index was written: all are readable and have 8 bits per sample."""
 
     def write(self, path: Path) -> None:
-        """Write the file, replacing it at once. Raises OSError."""
+        """Write the file atomically. Raises OSError."""
         buffer, ends = self.names.arrays()
         arrays: dict[str, Any] = {name: getattr(self, name) for name in ("shard", "offset", "size", "version")}
         arrays |= {"labels": self.labels, "names": buffer, "name_ends": ends, "groups": self.groups}
@@ -82,27 +84,27 @@ class ShardIndex:
 
     @classmethod
     def read(cls, path: Path) -> ShardIndex:
-        """Map the file into memory and compare its checksum. Raises UserError if it is damaged, and OSError."""
+        """Map the file into memory and verify its checksum. Raises OSError, and UserError if it is damaged."""
         try:
             arrays, facts = _read(path)
             shards = [Shard(*shard) for shard in facts.pop("shards")]
             is_whole = facts.pop("sha256") == _digest(arrays)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not an index of shards, or was cut short: {error}; copy it again") from None
+            raise UserError(f"{path} is not an index of shards, or was truncated: {error}; copy it again") from None
         if facts.pop("version") != VERSION:
             raise UserError(f"{path} was written by another version of this program; pack the images again")
         if not is_whole:
-            raise UserError(f"{path} is damaged: its checksum differs; copy it again")
+            raise UserError(f"{path} is damaged: its checksum does not match; copy it again")
         for shard in shards:
             if shard.name != os.path.basename(shard.name) or shard.name.startswith("."):
-                raise UserError(f"{path} names the shard {shard.name!r}, which is not a plain file name")
+                raise UserError(f"{path} lists the shard {shard.name!r}, which is not a plain file name")
         arrays["names"] = PackedStrings.from_arrays(arrays.pop("names"), arrays.pop("name_ends"))
         lists = {name[5:]: arrays.pop(name) for name in sorted(arrays) if name.startswith("list ")}
         return cls(shards=shards, lists=lists, **arrays, **facts)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return read-only maps of the arrays of a safetensors file, and the facts of its metadata."""
+    """Return the arrays of a safetensors file, as read-only memory maps, and the JSON values of its metadata."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > os.fstat(file.fileno()).st_size:

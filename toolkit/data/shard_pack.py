@@ -1,4 +1,4 @@
-"""Packing a data set into shards: tar files that WebDataset and timm read as well, and an index."""
+"""Packing a data set into shards: tar files that WebDataset and timm can read too, and an index."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ from toolkit.locks import acquire
 from toolkit.recipe.schema import DataConfig
 
 CHUNK = 256
-"""Number of images that are read ahead, by several threads, because network file systems serve many at once."""
+"""Number of images that threads read ahead, because network file systems are faster with parallel requests."""
 
 
 def pack(config: DataConfig, folder: Path, shard_size: int, log: Callable[[str], None]) -> ShardIndex:
-    """Write all images of a data set to shards of at most ``shard_size`` bytes each, unless one image is larger.
+    """Write all images of a data set to shards of at most ``shard_size`` bytes; a larger image has its own shard.
 
-    The folder appears when it is complete; an interrupted call leaves one with ".part" in its name, and the next call
-    begins again. Bytes of images are not changed; images of in-memory data sets are written as PNG. Each official list
-    has its own shards, into which its images are drawn at random, so that a few shards are a fair sample of it.
-    The index keeps the order of the data set, so that training on the shards gives the same run.
+    The folder gets its name once it is complete; an interrupted call leaves a folder with ".part" in its name, and the
+    next call starts over. Image files are copied byte for byte; images of in-memory data sets are written as PNG. Each
+    official list ("train", "val", "test") has its own shards and is shuffled before it is packed, so that a few shards
+    are a random sample of it. The index keeps the order of the data set, so that training on the shards gives the same
+    results.
 
-    Raises UserError if the folder has files, or if images cannot be read and ``on_bad_image`` is "error".
+    Raises UserError if the folder is not empty, or if images cannot be read and ``on_bad_image`` is "error".
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: choose another one, or remove it")
@@ -57,7 +58,7 @@ def pack(config: DataConfig, folder: Path, shard_size: int, log: Callable[[str],
         shutil.rmtree(partial, ignore_errors=True)
         config = config.model_copy(update={"value_range": "auto"})
         dataset = open_dataset(config)
-        if isinstance(dataset.images, InMemoryImages):  # with channels = 1 it would be converted to gray
+        if isinstance(dataset.images, InMemoryImages):  # without channels = 1, which would convert it to grayscale
             dataset = open_dataset(config.model_copy(update={"channels": None}))
         partial.mkdir()
         index = _write(dataset, config, partial, shard_size, log)
@@ -74,7 +75,7 @@ def pack(config: DataConfig, folder: Path, shard_size: int, log: Callable[[str],
 def _write(
     dataset: Dataset, config: DataConfig, folder: Path, shard_size: int, log: Callable[[str], None]
 ) -> ShardIndex:
-    """Write shards and index to a folder."""
+    """Write the shards and the index to a folder."""
     kept, is_checked = _readable(dataset, config, log)
     lists = {name: np.searchsorted(kept, list_[np.isin(list_, kept)]) for name, list_ in dataset.lists.items()}
     classes = [decode_name(name) for name in dataset.classes]
@@ -110,7 +111,7 @@ def _write(
 
 
 def _readable(dataset: Dataset, config: DataConfig, log: Callable[[str], None]) -> tuple[IntArray, bool]:
-    """Return the images of the official lists that can be read, and whether other recipes need not check them."""
+    """Return the readable images of the official lists, and whether the check is valid for every recipe."""
     every = np.unique(np.concatenate(list(dataset.lists.values())))
     if len(every) < sum(map(len, dataset.lists.values())):
         raise ValueError("an image is in two official lists")
@@ -126,7 +127,7 @@ def _readable(dataset: Dataset, config: DataConfig, log: Callable[[str], None]) 
 
 
 def _encoded(dataset: Dataset, indices: IntArray) -> Iterator[bytes]:
-    """Yield the bytes of images, in order."""
+    """Yield the encoded bytes of each image, in the order of ``indices``."""
     images = dataset.images
 
     def read(i: int) -> bytes:
@@ -142,7 +143,7 @@ def _encoded(dataset: Dataset, indices: IntArray) -> Iterator[bytes]:
 
 
 def _suffix(name: str, data: bytes) -> str:
-    """Return the suffix of an image, from its name, else from its content: ".jpg"."""
+    """Return the suffix of an image, such as ".jpg", from its name or else from its content."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix in IMAGE_SUFFIXES:
         return suffix
@@ -151,7 +152,10 @@ def _suffix(name: str, data: bytes) -> str:
 
 
 def _label_file(dataset: Dataset, classes: list[str], i: int, split: str) -> tuple[str, bytes]:
-    """Return suffix and content of the file beside image i: the class as a number, or JSON if there is more to say."""
+    """Return the suffix and content of the label file of image i.
+
+    It is ".cls" with the class as a number, or ".json" if the image has several labels, a group or a weight.
+    """
     label = dataset.labels[i]
     if label.ndim == 0 and dataset.groups is None and dataset.weights is None:
         return ".cls", str(label).encode()
@@ -163,16 +167,16 @@ def _label_file(dataset: Dataset, classes: list[str], i: int, split: str) -> tup
 
 
 class _ShardWriter:
-    """Writes the shards of one split, named as WebDataset and timm expect: train-000000.tar and so on."""
+    """Writes the shards of one split, with the names that WebDataset and timm expect, such as train-000000.tar."""
 
     def __init__(self, folder: Path, split: str, shard_size: int, log: Callable[[str], None]) -> None:
         self.folder, self.split, self.shard_size, self.log = folder, split, shard_size, log
         self.shards: list[Shard] = []
-        """The shards that are complete."""
+        """The completed shards."""
         self._tar: tarfile.TarFile | None = None
 
     def add(self, key: str, suffix: str, image: bytes, label: tuple[str, bytes]) -> int:
-        """Add an image and its label file; return the position of the image in its shard."""
+        """Add an image and its label file; return the offset of the image in its shard, in bytes."""
         size = sum(
             tarfile.BLOCKSIZE - (-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for data in (image, label[1])
         )
@@ -185,11 +189,11 @@ class _ShardWriter:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             self._tar.addfile(info, io.BytesIO(data))
-        self._tar.members.clear()  # type: ignore[attr-defined]  # a list of all files, which nothing needs
+        self._tar.members.clear()  # type: ignore[attr-defined]  # tarfile's list of all members, not needed here
         return start
 
     def close(self) -> list[Shard]:
-        """Finish the last shard; return all."""
+        """Finish the last shard and return all shards."""
         if self._tar is not None:
             self._finish()
         return self.shards

@@ -1,7 +1,7 @@
-"""Reading the headers of tar files that have no index: samples as WebDataset groups them.
+"""Indexing tar files without an index by reading their headers, grouped into samples as in WebDataset.
 
-A sample is all members with the same path up to the first dot of the file name. One of them is an image; ``.cls`` has
-the label as text, and the keys of a JSON object in ``.json`` are further columns.
+A sample consists of all members with the same path up to the first dot of the file name. One of them is the image;
+``.cls`` contains the label as text, and the keys of the JSON object in ``.json`` are columns.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ from toolkit.recipe.schema import DataConfig
 @dataclass
 class _Sample:
     values: dict[str, Any] = field(default_factory=dict)
-    """Values by column; "image" is SHARD/MEMBER."""
+    """Values by column; the value of "image" is SHARD/MEMBER."""
     fault: str = ""
     offset: int = 0
     size: int = 0
 
 
 def scan(config: DataConfig, files: ShardFiles, versions: Sequence[str]) -> ShardIndex:
-    """Read the headers of all shards. ``versions``: changes with each shard's content. Raises UserError."""
+    """Build the index of all shards from their headers.
+
+    ``versions``: one string per shard that changes with its content, such as its modification time. Raises UserError.
+    """
     shard, offset, size = array("i"), array("q"), array("q")
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[int, RowValues]]:
@@ -80,13 +83,13 @@ def scan(config: DataConfig, files: ShardFiles, versions: Sequence[str]) -> Shar
 
 
 def _samples(files: ShardFiles, number: int) -> Iterator[_Sample]:
-    """Yield the samples of a shard. Raises UserError if it is not a tar file or was cut short."""
+    """Yield the samples of a shard. Raises UserError if it is not a tar file or was truncated."""
     shard, key, sample = files.shards[number], None, _Sample()
     splits = [found for part in re.split(r"[\W_\d]+", shard.name) if (found := split_of(part))]
     try:
         with files.open(number) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # they are not needed again
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all members, to no use here
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 if not member.isfile() or not stem:
@@ -101,16 +104,16 @@ def _samples(files: ShardFiles, number: int) -> Iterator[_Sample]:
             if key is not None:
                 yield sample
             if os.pread(file.fileno(), 512, tar.offset) != bytes(512):  # two blocks of zeros end a tar file
-                raise UserError(f"the shard {files.location(number)} was cut short: its last bytes are missing")
+                raise UserError(f"the shard {files.location(number)} was truncated: its last bytes are missing")
     except (tarfile.TarError, OSError) as error:
         raise UserError(
-            f"the shard {files.location(number)} cannot be read as a tar file that is not compressed: {error}; it may "
-            "have been cut short"
+            f"the shard {files.location(number)} cannot be read as an uncompressed tar file: {error}; it may have been "
+            "truncated"
         ) from error
 
 
 def _add(sample: _Sample, member: tarfile.TarInfo, suffix: str, tar: tarfile.TarFile, shard: str) -> None:
-    """Add one file to its sample."""
+    """Add one member of the tar file to its sample."""
     if f".{suffix}" in IMAGE_SUFFIXES:
         if "image" in sample.values:
             sample.fault = "two images in one sample"

@@ -1,4 +1,4 @@
-"""Data sets in shards: tar files as WebDataset writes them, in a folder or at a URL."""
+"""Data sets in shards: tar files in the WebDataset format, in a folder or at a URL."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from toolkit.recipe.schema import DataConfig
 
 @dataclass(frozen=True, eq=False)
 class ShardImages:
-    """Encoded images in shards; an :class:`toolkit.data.encoded_sources.EncodedSource`."""
+    """Encoded images in shards; implements :class:`toolkit.data.encoded_sources.EncodedSource`."""
 
     index: ShardIndex
     files: ShardFiles
     note: str = ""
-    """Addition to the line of the log."""
+    """Text appended to the log's line about the data set."""
 
     @property
     def stored_in(self) -> npt.NDArray[np.int32]:
-        """Number of the shard that holds each image, int32 [N]."""
+        """Number of the shard that contains each image, int32 [N]."""
         return self.index.shard
 
     @property
@@ -46,35 +46,38 @@ class ShardImages:
         return len(self.index.shard)
 
     def open(self, i: int) -> BinaryIO:
-        """Return the bytes of image i as a file in memory. Raises OSError, and EOFError if the shard is too short."""
+        """Return the bytes of image i as an in-memory file. Raises OSError, and EOFError if the shard is too short."""
         offset, size = int(self.index.offset[i]), int(self.index.size[i])
         data = self.files.read(int(self.index.shard[i]), offset, size)
         if len(data) < size:
-            raise EOFError(f"{self.location(i)} ends before this image: it was cut short")
+            raise EOFError(f"{self.location(i)} ends before this image: it was truncated")
         return io.BytesIO(data)
 
     def name(self, i: int) -> str:
-        """Return the name that image i had when it was packed; else SHARD/MEMBER."""
+        """Return the name of image i in the data set that was packed, or SHARD/MEMBER for shards of other programs."""
         return self.index.names[i]
 
     def location(self, i: int) -> str:
-        """Return the path or URL of the shard."""
+        """Return the path or URL of the shard that contains image i."""
         return encode_name(self.files.location(int(self.index.shard[i])))
 
     def size_and_version(self, i: int) -> tuple[int, int]:
-        """Return what the index says."""
+        """Return the size in bytes and the version of image i, from the index."""
         return int(self.index.size[i]), int(self.index.version[i])
 
 
 def open_shards(config: DataConfig) -> Dataset:
-    """Open shards with the index of `toolkit pack`; without it their headers are read once. Raises UserError."""
+    """Open a data set in shards, with the index of `toolkit pack` if there is one. Raises UserError.
+
+    Without it, the headers of the shards are read once, and the index made from them is kept in the cache folder.
+    """
     is_local = "://" not in config.root_folder
     try:
         source = _open_local(config) if is_local else _open_url(config)
     except OSError as error:
         raise UserError(
             f"the shards in {config.root_folder} cannot be used: {error.strerror or error} ({error.filename}); if this "
-            "is the cache folder, TOOLKIT_CACHE names another one"
+            "is the cache folder, set TOOLKIT_CACHE to another folder"
         ) from error
     index = source.index
     return Dataset(
@@ -92,7 +95,7 @@ def open_shards(config: DataConfig) -> Dataset:
 
 
 def check_reading_order(dataset: Dataset, config: DataConfig) -> None:
-    """Raise UserError if training would fetch every shard again and again, because only a part of them can be kept."""
+    """Raise UserError if training would download the shards over and over, because they do not all fit on the disk."""
     files = getattr(getattr(dataset.images, "source", None), "files", None)
     if not isinstance(files, FetchedShards):
         return
@@ -102,14 +105,15 @@ def check_reading_order(dataset: Dataset, config: DataConfig) -> None:
     if needed <= limit:
         return
     if config.shuffle_shards is None:
-        advice = "set data.shuffle_shards = 10, so that each batch is drawn from a few shards, or more space"
+        advice = "set data.shuffle_shards = 10, so that each batch is drawn from a few shards, or allow more space"
     else:
         advice = (
-            f"data.shuffle_shards = {config.shuffle_shards} needs room for two more than that: set less, or more space"
+            f"data.shuffle_shards = {config.shuffle_shards} needs room for two shards more than that: set a smaller "
+            "number, or allow more space"
         )
     raise UserError(
         f"the shards at {files.url} have {_gib(whole)}, but only {_gib(limit)} of them may be kept in {files.folder} "
-        f"(data.cache_limit; by default half of the free disk): {advice}"
+        f"(data.cache_limit; by default half of the free disk space): {advice}"
     )
 
 
@@ -143,11 +147,11 @@ def _open_url(config: DataConfig) -> ShardImages:
             kept = _fetch_index(filesystem, f"{path}/{INDEX_NAME}", folder)
             names = [] if kept else [str(entry["name"]) for entry in filesystem.ls(path, detail=True)]
             states = {os.path.basename(name): filesystem.info(name) for name in names if name.endswith(".tar")}
-    except UserError as error:  # without a network, what was fetched earlier can still be used
+    except UserError as error:  # without a network, an index and shards downloaded earlier can still be used
         kept = max(folder.glob("index-*"), key=lambda path: path.stat().st_mtime, default=None)
         if kept is None:
             raise
-        note = f"; the index in the cache folder is used, since {error}"
+        note = f"; the index in the cache folder is used, because {error}"
     if kept is not None:
         index = _packed(kept, config)
         describe_folder(folder, {"kind": "shards", "data": url, "images": len(index.shard), "what": "from a URL"})
@@ -158,10 +162,10 @@ def _open_url(config: DataConfig) -> ShardImages:
 
 
 def _fetch_index(filesystem: Any, path: str, folder: Path) -> Path | None:
-    """Return the index of a URL in the cache folder, fetched unless it is there; None if the URL has no index."""
+    """Return the path of a URL's index in the cache folder, downloading it if needed; None if the URL has no index."""
     if not filesystem.exists(path):
         return None
-    # The name changes with the file, as far as the file system can tell without reading it.
+    # The name depends on all that the file system reports about the file without reading it (size, date, ETag).
     kept = folder / f"index-{content_key({'state': str(filesystem.info(path))})}.safetensors"
     if not kept.exists():
         partial = kept.with_name(f".{kept.name}-{os.getpid()}.tmp")
@@ -176,22 +180,23 @@ def _cache_folder(root: str) -> Path:
 
 
 def _packed(path: Path, config: DataConfig) -> ShardIndex:
-    """Read the index that `toolkit pack` wrote. Raises UserError if the recipe has keys that it makes superfluous."""
+    """Read the index that `toolkit pack` wrote. Raises UserError if the recipe has keys that the index replaces."""
     for key in ("columns", "class_names", "label_separator"):
         if getattr(config, key) != DataConfig.model_fields[key].default:
             raise UserError(
-                f"data.{key} has no effect: the index of {config.root_folder} has classes and labels. Remove the key"
+                f"data.{key} has no effect: the index of {config.root_folder} contains classes and labels; remove the "
+                "key"
             )
     return ShardIndex.read(path)
 
 
 def _scanned(config: DataConfig, files: ShardFiles, versions: list[str], root: str) -> ShardIndex:
-    """Return the index of shards without one: made once, by reading the headers, and kept in the cache folder.
+    """Return the index of shards that have none: built once from their headers, and kept in the cache folder.
 
-    The images are checked as well, so that later runs need not fetch or read every shard before they begin.
+    The images are checked at the same time, so that later runs do not have to download or read all shards first.
     """
     if not files.shards:
-        raise UserError(f"{config.root_folder} has neither {INDEX_NAME} nor a file that ends in .tar")
+        raise UserError(f"{config.root_folder} contains neither {INDEX_NAME} nor files that end in .tar")
     columns, names = config.columns.model_dump(), config.class_names
     if isinstance(names, str):
         with contextlib.suppress(OSError):  # the scan reports it
@@ -203,7 +208,7 @@ def _scanned(config: DataConfig, files: ShardFiles, versions: list[str], root: s
         folder.mkdir(parents=True, exist_ok=True)
         index = scan(config, files, versions)
         checked = check_images(EncodedImages(ShardImages(index, files), 3), np.arange(len(index.shard)), decode=False)
-        if not checked.bad and not checked.extents:  # else each run checks them
+        if not checked.bad and not checked.extents:  # otherwise each run checks them again
             index = ShardIndex(**{**vars(index), "is_checked": True})
         index.write(kept)
     index = ShardIndex.read(kept)

@@ -1,6 +1,6 @@
 """The columns of a table of labeled images: paths, labels, splits, groups and weights.
 
-Values are kept in flat arrays while the rows are read, so that a table of a million rows needs little memory.
+Values are collected in flat arrays while the rows are read, so that a table of a million rows needs little memory.
 """
 
 from __future__ import annotations
@@ -27,47 +27,47 @@ from toolkit.recipe.data_schema import ColumnsConfig, DataConfig
 from toolkit.similar_names import did_you_mean
 
 PATH_COLUMNS = ("image", "path", "file", "filename", "file_name")
-"""Names of the column of images if data.columns.image is not set: the first, or the only one that is present."""
+"""Image columns if data.columns.image is not set: the only one of these in the table, or else "image"."""
 
 SHOWN = 10
-"""Number of faulty rows shown in a message."""
+"""Maximum number of invalid rows listed in a message."""
 
 _INTEGER = re.compile(r"-?\d{1,1000}")
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The rows of a table, in their order."""
+    """All rows of a table, in file order."""
 
     rows: npt.NDArray[np.int64]
-    """Row number of each example in messages, [N]."""
+    """Row number of each example, for messages, [N]."""
     paths: PackedStrings
-    """Path of each image; empty if there is none."""
+    """Path of each image; "" for an image in the table that has no path."""
     encoded: str | None
-    """Column that holds the bytes of the images; None: they are files."""
+    """Column that contains the bytes of the images; None if the images are files."""
     classes: list[str]
     labels: npt.NDArray[Any]
-    """int64 [N]; multi-label: uint8 [N, classes], 1 for each label of an image."""
+    """Class indices, int64 [N]; multi-label: uint8 [N, classes], 1 for each label of an image, else 0."""
     lists: dict[str, IntArray]
-    """Indices of each split; without a column of splits all are in "train"."""
+    """Row indices of each split; without a split column, all are in "train"."""
     groups: IntArray | None
-    """Number of each example's group, int64 [N]."""
+    """Group number of each example, int64 [N]."""
     weights: npt.NDArray[np.float64] | None
-    """[N], at least 0."""
+    """Weight of each example in the training loss, at least 0, [N]."""
 
 
 class RowFaults:
-    """Collects what is wrong with the rows of a table."""
+    """Collects the invalid rows of a table and reports them in one error."""
 
     def __init__(self, table: Path) -> None:
         self.table, self.found = table, dict[int, str]()
 
     def add(self, row: int, fault: str) -> None:
-        """Add a fault; only the first one of a row is kept."""
+        """Record what is wrong with a row; only the first fault of each row is kept."""
         self.found.setdefault(row, fault)
 
     def check(self) -> None:
-        """Raise UserError if there are faults: the first ten and their number."""
+        """Raise UserError if any row is invalid, listing the first ten and the total number."""
         if not self.found:
             return
         shown = "; ".join(f"row {row}: {fault}" for row, fault in sorted(self.found.items())[:SHOWN])
@@ -79,11 +79,11 @@ class RowFaults:
 
 class _Column(Protocol):
     def add(self, value: Any) -> None:
-        """Add the value of the next row. Raises ValueError, whose text says what is wrong."""
+        """Append the value of the next row. Raises ValueError with a message for the user if it is invalid."""
 
 
 class _Paths:
-    """The column of image paths relative to ``root``, or, if it is ``encoded``, of images that may have a path."""
+    """The image column: paths relative to ``root``; if ``encoded``, images in the table, whose path is optional."""
 
     def __init__(self, encoded: bool, root: str) -> None:
         self.encoded, self.root, self.strings, self.hashes = encoded, root, PackedStrings(), array("q")
@@ -98,13 +98,13 @@ class _Paths:
         self.hashes.append(hash(self._normal(value or "")))
 
     def _normal(self, path: str) -> str:
-        """Return the path in a form that is equal for all ways to write it, such as ./a.png and a.png."""
-        if self.encoded or (path[0] != "/" and "./" not in path and "//" not in path):  # most; there may be millions
+        """Return the path normalized, so that ./a.png and a.png are equal."""
+        if self.encoded or (path[0] != "/" and "./" not in path and "//" not in path):  # fast path; rows may be many
             return path
         return os.path.relpath(os.path.join(self.root, path), self.root)
 
     def repeated(self) -> Iterator[tuple[int, int]]:
-        """Yield the index of each path that occurred before, and the index of its first occurrence."""
+        """Yield (index, index of the first occurrence) for each path that occurs more than once."""
         hashes = np.frombuffer(self.hashes, dtype=np.int64)
         found, counts = np.unique(hashes, return_counts=True)
         first: dict[str, int] = {}
@@ -114,13 +114,13 @@ class _Paths:
 
 
 class _Codes:
-    """A column of names, numbered in the order of their first occurrence."""
+    """A column of names, which get integer codes in order of first occurrence."""
 
     def __init__(self, what: str, read: Callable[[str], str] = lambda text: text) -> None:
         self.what, self.read, self.codes, self.values = what, read, dict[str, int](), array("q")
 
     def code(self, value: Any) -> int:
-        """Return the number of a name, as text or a number."""
+        """Return the code of a name; the value may be text or a whole number."""
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         text = str(value).strip() if isinstance(value, str | int) else ""
@@ -134,7 +134,7 @@ class _Codes:
 
 
 class _Labels(_Codes):
-    """A column of labels: one per row, or several in a list or text with a separator."""
+    """The label column: one label per row, or several, as a list or as text with a separator."""
 
     def __init__(self, separator: str | None) -> None:
         super().__init__("label")
@@ -155,11 +155,11 @@ class _Labels(_Codes):
 
 
 _INDICATOR_VALUES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
-"""Also what pandas writes to CSV files for floats and truth values."""
+"""Includes the forms that pandas writes to CSV files for floats and booleans."""
 
 
 class _Indicator:
-    """A column that has 1 for images with its label and 0 for the others."""
+    """One of several label columns: 1 for images with its label and 0 for the others."""
 
     def __init__(self, name: str) -> None:
         self.name, self.values = name, bytearray()
@@ -181,12 +181,12 @@ class _Weights:
         except (TypeError, ValueError):
             weight = -1
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"the weight {value!r} is not a number of at least 0")
+            raise ValueError(f"the weight {value!r} is not a finite number of at least 0")
         self.values.append(weight)
 
 
 def read_examples(table: Table, config: DataConfig) -> Examples:
-    """Read all rows of a table. Raises UserError for missing columns, and for all faulty rows at once."""
+    """Read all rows of a table. Raises UserError for missing columns, and one for all invalid rows together."""
     names = choose_columns(table, config.columns)
     encoded = names["image"] in table.encoded
     paths, rows, faults = _Paths(encoded, config.root_folder), array("q"), RowFaults(table.path)
@@ -211,7 +211,7 @@ def read_examples(table: Table, config: DataConfig) -> Examples:
                 faults.add(row, str(error))
     faults.check()
     if not rows:
-        raise UserError(f"{table.path} has no rows below the names of its columns")
+        raise UserError(f"{table.path} has no rows below the column names")
     for i, first in paths.repeated():
         faults.add(rows[i], f"{paths.strings[i]} is also in row {rows[first]}")
     row_numbers = np.frombuffer(rows, dtype=np.int64)
@@ -234,9 +234,9 @@ def read_examples(table: Table, config: DataConfig) -> Examples:
 
 
 def choose_columns(table: Table, config: ColumnsConfig) -> dict[str, str]:
-    """Return the column of each key of [data.columns] that is in use; several label columns are left out.
+    """Return the column for each key of [data.columns] in use, without "label" if there are several label columns.
 
-    Raises UserError if one is missing.
+    Raises UserError if the table does not have one of them.
     """
     names = {"label": config.label, "split": config.split, "group": config.group, "weight": config.weight}
     found = {key: [name] if isinstance(name, str) else name or [] for key, name in names.items()}
@@ -249,13 +249,13 @@ def choose_columns(table: Table, config: ColumnsConfig) -> dict[str, str]:
             if name not in table.columns:
                 raise UserError(
                     f"{table.path} has no column {name!r}, only {', '.join(table.columns[:30])}; "
-                    f"data.columns.{key} says which column to read{did_you_mean(name, table.columns, prefix=': ')}"
+                    f"data.columns.{key} sets the column to read{did_you_mean(name, table.columns, prefix=': ')}"
                 )
     return {"image": image, **{key: wanted[0] for key, wanted in found.items() if len(wanted) == 1}}
 
 
 def read_class_names(setting: str | list[str] | None) -> list[str] | None:
-    """Return the class names of data.class_names: a list, or the lines of a file. Raises UserError."""
+    """Return the class names in data.class_names, which is a list or a file with one per line. Raises UserError."""
     if setting is None or isinstance(setting, list):
         names = setting
     else:
@@ -273,13 +273,13 @@ def read_class_names(setting: str | list[str] | None) -> list[str] | None:
 def _labels(
     labels: _Labels, names: list[str] | None, rows: npt.NDArray[np.int64], faults: RowFaults
 ) -> tuple[list[str], npt.NDArray[Any]]:
-    """Return the classes, and the labels as in :class:`Examples`; adds labels that are no class to ``faults``."""
+    """Return the classes, and the labels as in :class:`Examples`; adds rows with unknown labels to ``faults``."""
     found = list(labels.codes)
     if names is None:
         are_numbers = all(map(_INTEGER.fullmatch, found))
         names = sorted(found, key=(lambda text: (int(text), text)) if are_numbers else None)
     numbers = {name: i for i, name in enumerate(names)}
-    if not any(map(_INTEGER.fullmatch, names)):  # then integers are indices
+    if not any(map(_INTEGER.fullmatch, names)):  # if no name is an integer, integers are class indices
         numbers |= {str(i): i for i in range(len(names))}
     index = np.array([numbers.get(text, -1) for text in found], dtype=np.int64)
     codes, ends = np.frombuffer(labels.values, dtype=np.int64), np.frombuffer(labels.ends, dtype=np.int64)
@@ -302,18 +302,18 @@ def _split_name(text: str) -> str:
 
 
 def _lists(splits: _Codes) -> dict[str, IntArray]:
-    """Return the indices of each split that the column names, and of "train"."""
+    """Return the row indices of each split that occurs in the column, and of "train" in any case."""
     codes = np.frombuffer(splits.values, dtype=np.int64)
     named = [split for split in SPLIT_NAMES if split in splits.codes or split == "train"]
     return {split: np.flatnonzero(codes == splits.codes.get(split, -1)) for split in named}
 
 
 def describe_columns(table: Table, config: ColumnsConfig) -> list[str]:
-    """Return notes for the log: which columns are read, and whether one looks like splits but is not used."""
+    """Return notes for the log: which columns are read, and whether an unused column looks like splits."""
     labels = {"label": ", ".join(config.label)} if isinstance(config.label, list) else {}
     used = {**choose_columns(table, config), **labels}
     notes = [f"{table.path}: " + ", ".join(f"{key} from column {name!r}" for key, name in used.items())]
     for name in table.columns if config.split is None else ():
         if name.lower() == "split":
-            notes.append(f"column {name!r} is not used; data.columns.split = {name!r} would take the splits from it")
+            notes.append(f"column {name!r} is not used; to take the splits from it, set data.columns.split = {name!r}")
     return notes

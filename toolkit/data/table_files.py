@@ -1,7 +1,7 @@
-"""Table files that are read row by row: CSV, TSV, JSON lines and Parquet.
+"""Reading table files row by row: CSV, TSV, JSON lines and Parquet.
 
-Rows are counted as the user's programs count them: in CSV and TSV files the header is row 1, as in a spreadsheet; in
-JSON lines and Parquet the first row is 1.
+Rows are numbered as users see them: in CSV and TSV files the header is row 1, as in a spreadsheet; in JSON lines and
+Parquet files the first row of values is row 1.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from toolkit.errors import UserError
 from toolkit.formatting import plural
 
 FORMATS = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".ndjson": "JSON lines", ".parquet": "Parquet"}
-"""Formats by suffix."""
+"""File format by suffix."""
 
 BATCH = 8192
-"""Rows of a Parquet file that are converted at a time."""
+"""Number of rows of a Parquet file that are converted at a time."""
 
 
 class BadRow(str):
-    """What is wrong with a row that has no values, such as one with too few fields."""
+    """Message about a row that could not be split into values, such as one with too few fields."""
 
 
 RowValues = Sequence[Any] | BadRow
@@ -34,22 +34,25 @@ RowValues = Sequence[Any] | BadRow
 
 @dataclass(frozen=True)
 class Table:
-    """A table that is read row by row."""
+    """An open table file, read row by row."""
 
     path: Path
     columns: list[str]
     read: Callable[[Sequence[str]], Iterator[tuple[int, RowValues]]]
-    """Function of columns that yields the number of each row and its values in these columns."""
+    """Function that takes column names and yields, for each row, its number and its values in these columns."""
     encoded: frozenset[str] = frozenset()
-    """Columns that hold the bytes of images, as bytes or as {bytes, path}; :attr:`read` gives their path, or None."""
+    """Columns of images, as bytes or as {bytes, path}; for these :attr:`read` yields the path or None, no bytes."""
 
 
 def open_table_file(path: Path) -> Table:
-    """Open a table file; the suffix tells the format. Raises UserError if it cannot be read or has no columns."""
+    """Open a table file, whose suffix determines the format.
+
+    Raises UserError if it cannot be read, has no columns, or has two columns with the same name.
+    """
     readers = {"CSV": _open_csv, "TSV": _open_csv, "JSON lines": _open_json_lines, "Parquet": _open_parquet}
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise UserError(f"data.table = {str(path)!r} must end in {', '.join(FORMATS)}, which tells its format")
+        raise UserError(f"data.table = {str(path)!r}: the format is unknown; the name must end in {', '.join(FORMATS)}")
     if not path.is_file():
         raise UserError(f"data.table = {str(path)!r} is not a file; paths are relative to the working directory")
     try:
@@ -64,7 +67,7 @@ def open_table_file(path: Path) -> Table:
 
 
 def _open_csv(path: Path) -> Table:
-    """Open a CSV or TSV file in UTF-8. A CSV file without a comma in its header may be separated by semicolons."""
+    """Open a CSV or TSV file in UTF-8. If the header of a CSV file has no comma, the separator may be a semicolon."""
 
     def rows() -> Iterator[list[str]]:
         with _open_text(path) as file:
@@ -93,9 +96,9 @@ def _open_csv(path: Path) -> Table:
 
 
 def _open_text(path: Path) -> TextIO:
-    """Open a file in UTF-8 with its own line ends. Raises UserError for UTF-16, which some programs write.
+    """Open a UTF-8 file without newline translation. Raises UserError for UTF-16, which some programs write.
 
-    Bytes that are not UTF-8 become surrogates, as in Python's own paths, and stand for the same files.
+    Bytes that are not UTF-8 are decoded to surrogates, as Python does for paths, so that such paths still work.
     """
     with open(path, "rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -104,7 +107,7 @@ def _open_text(path: Path) -> TextIO:
 
 
 def _open_json_lines(path: Path) -> Table:
-    """Open a file with one JSON object per line; the first one has all columns."""
+    """Open a file with one JSON object per line; the first one must have all columns."""
 
     def objects() -> Iterator[tuple[int, Any]]:
         with _open_text(path) as file:
@@ -140,7 +143,7 @@ def require_pyarrow(path: Path) -> tuple[Any, Any]:
         from pyarrow import parquet
     except ImportError:
         raise UserError(
-            f"{path} needs pyarrow: install it with `pip install pyarrow`, or this toolkit's extra `parquet`"
+            f"{path} needs pyarrow: install it with `pip install pyarrow`, or the toolkit's extra `parquet`"
         ) from None
     return pyarrow, parquet
 
@@ -177,7 +180,7 @@ def _open_parquet(path: Path) -> Table:
 
 
 def read_encoded(path: Path, column: str) -> Iterator[list[bytes | None]]:
-    """Yield the images of a column of :attr:`Table.encoded`, a list for each batch of rows. Raises UserError."""
+    """Yield the images in a column of :attr:`Table.encoded` as lists, one per batch of rows. Raises UserError."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -194,7 +197,7 @@ def _fields(field: Any) -> set[str]:
 
 @contextlib.contextmanager
 def _parquet_errors(path: Path) -> Iterator[None]:
-    """Turn pyarrow's exceptions into UserError."""
+    """Convert pyarrow's exceptions to UserError."""
     import pyarrow as pa
 
     try:

@@ -1,4 +1,4 @@
-"""Data sets listed in a table: image paths, or images themselves in a Parquet file, with labels and more."""
+"""Data sets listed in a table: image paths, or the images themselves in a Parquet file, with their labels."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from toolkit.locks import held
 from toolkit.recipe.schema import DataConfig
 
 FORMAT = 1
-"""Version of the copies of images in the cache folder."""
+"""Format version of the copied images in the cache folder."""
 
 
 @dataclass(frozen=True)
 class RowNumbers:
-    """Where each image is listed, for messages."""
+    """Table row of each image, for messages."""
 
     table: str
     rows: npt.NDArray[np.int64]
@@ -49,7 +49,7 @@ class RowNumbers:
 
 
 def open_table(config: DataConfig) -> Dataset:
-    """Open a table of labeled images. Raises UserError, naming all rows that cannot be used."""
+    """Open a table of labeled images. Raises UserError, which lists all invalid rows together."""
     table = open_table_file(Path(config.table or ""))
     examples = read_examples(table, config)
     source = _embedded_images(table, examples) or ImageFiles(Path(config.root_folder), examples.paths)
@@ -69,7 +69,7 @@ def open_table(config: DataConfig) -> Dataset:
 
 
 def _divided_groups(examples: Examples) -> list[str]:
-    """Return notes on groups that the table's own splits divide."""
+    """Return notes for the log about groups with images in more than one split of the table."""
     notes = list[str]()
     if examples.groups is None:
         return notes
@@ -81,7 +81,7 @@ def _divided_groups(examples: Examples) -> list[str]:
 
 
 def _embedded_images(table: Table, examples: Examples) -> EncodedSource | None:
-    """Return the images in the table's column of images; None if it holds only paths."""
+    """Return the images stored in the table's image column; None if it contains only paths."""
     if examples.encoded is None:
         return None
     entry = _copied_images(table, examples.encoded)
@@ -99,7 +99,7 @@ def _embedded_images(table: Table, examples: Examples) -> EncodedSource | None:
 
 
 def _copied_images(table: Table, column: str) -> CacheEntry:
-    """Return the bytes of all images of a column, copied once to the cache folder, where each can be read alone.
+    """Copy the images of a column to the cache folder, unless they are there, and return the cache entry.
 
     Parquet compresses many rows together, so that reading one image from it means reading hundreds.
     """
@@ -122,14 +122,15 @@ def _copied_images(table: Table, column: str) -> CacheEntry:
     except OSError as error:
         raise UserError(
             f"the images of {table.path} could not be copied to the cache folder {root}: {error.strerror or error}; "
-            "TOOLKIT_CACHE names another folder"
+            "set TOOLKIT_CACHE to another folder"
         ) from error
 
 
 def _copy_images(table: Table, column: str, writer: CacheEntryWriter) -> CacheEntry:
-    """Write the images of a column to a new entry.
+    """Write the images of a column to a new cache entry.
 
-    It has their bytes, "sizes", int64 [N], -1 for a missing image, and "digests", int64 [N], hashes of their bytes.
+    It contains their bytes, "sizes" in bytes (int64 [N], -1 for a missing image), and "digests", hashes of the bytes
+    (int64 [N]).
     """
     sizes: list[int] = []
     digests: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Write the images, labels and splits of a recipe as a table, which ``dataset = "table"`` reads back unchanged."""
+"""Write the images, labels and splits of a recipe as a table that ``dataset = "table"`` reads back unchanged."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ SOURCE_KEYS = frozenset({
     "cache_limit", "download", "split", "class_folders", "background_class", "images_per_class",
     "test_images_per_class",
 })  # fmt: skip
-"""Keys of [data] that say which images are read; the others say how they are read, and stay as they are."""
+"""Keys of [data] that select the images; the other keys, which set how images are read, are kept in the new recipe."""
 
 BATCH = 256
-"""Rows of a Parquet file that are held in memory at once."""
+"""Number of rows of a Parquet file in memory at once."""
 
 Rows = Iterator[dict[str, Any]]
 
 
 def write_table(recipe: Recipe, path: Path) -> str:
-    """Write the table to ``path`` and return the [data] table, as TOML, of a recipe that reads it.
+    """Write the table to ``path`` and return the [data] table of a recipe that reads it, as TOML.
 
-    The rows are those of the training, validation and test images, each split in its own order. Image files are named
-    by their paths; other images are stored in the table (Parquet only). The classes, in their order, are written to
-    <name>.classes.txt next to it. Raises UserError if the data set cannot be read, the files cannot be written, or they
-    do not give back the same images, labels and splits.
+    The rows are the training, validation and test images, each split in its own order. Image files are listed by path;
+    other images are stored in the table (Parquet only). The class names are written to <name>.classes.txt next to the
+    table, in the order of their indices. Raises UserError if the data set cannot be read, the files cannot be written,
+    or reading them back does not give the same images, labels and splits.
     """
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise UserError(f"--write-table {path}: the name must end in {', '.join(FORMATS)}, which tells the format")
+        raise UserError(f"--write-table {path}: the format is unknown; the name must end in {', '.join(FORMATS)}")
     if recipe.data.table is not None and path.resolve() == Path(recipe.data.table).resolve():
-        raise UserError(f"--write-table {path}: this is the recipe's own table; choose another name")
+        raise UserError(f"--write-table {path}: the recipe reads this table; choose another name")
     data = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     dataset = open_dataset(data)
     splits = split_dataset(dataset, data)
@@ -62,8 +62,8 @@ def write_table(recipe: Recipe, path: Path) -> str:
     is_file = isinstance(images, EncodedImages) and isinstance(images.source, ImageFiles)
     if not is_file and kind != "Parquet":
         raise UserError(
-            f"--write-table {path}: the images of {dataset.name} are not single files; choose a name that ends in "
-            ".parquet, for a file that holds the images, too"
+            f"--write-table {path}: the images of {dataset.name} are not separate files; choose a name that ends in "
+            ".parquet, a format that stores the images in the table"
         )
     separator = _separator(dataset) if dataset.is_multi_label and kind in ("CSV", "TSV") else None
     rows = _rows(dataset, splits, separator, embed=not is_file)
@@ -78,7 +78,7 @@ def write_table(recipe: Recipe, path: Path) -> str:
         text = "".join(f"{decode_name(name)}\n" for name in dataset.classes)
         write_atomically(names, text.encode(errors="surrogateescape"))
     except OSError as error:
-        raise UserError(f"--write-table {path}: it cannot be written: {error.strerror or error}") from None
+        raise UserError(f"--write-table {path}: cannot be written: {error.strerror or error}") from None
     settings = {key: value for key, value in data.model_dump(exclude_unset=True).items() if key not in SOURCE_KEYS}
     if data.channels is None and (not is_encoded or dataset.native_channels != 3):
         settings["channels"] = dataset.native_channels
@@ -103,15 +103,15 @@ def _optional_columns(dataset: Dataset) -> dict[str, str]:
 
 
 def _separator(dataset: Dataset) -> str:
-    """Return a separator that is in no class name."""
+    """Return a separator that does not occur in any class name. Raises UserError if there is none."""
     for separator in SEPARATORS:
         if not any(separator in decode_name(name) for name in dataset.classes):
             return separator
-    raise UserError("--write-table: class names contain every possible separator of labels; write .jsonl or .parquet")
+    raise UserError("--write-table: class names contain all possible label separators; write .jsonl or .parquet")
 
 
 def _rows(dataset: Dataset, splits: dict[str, IntArray], separator: str | None, *, embed: bool) -> Rows:
-    """Yield the values of each row by column. With ``embed`` an image is a dict of its bytes and its name."""
+    """Yield each row as a dict of values by column. With ``embed``, an image is a dict of its bytes and its name."""
     classes = np.array([decode_name(name) for name in dataset.classes], dtype=object)
     optional = {name: getattr(dataset, f"{name}s") for name in _optional_columns(dataset)}
     for split in SPLITS:
@@ -127,7 +127,7 @@ def _rows(dataset: Dataset, splits: dict[str, IntArray], separator: str | None, 
 
 
 def _encoded(dataset: Dataset, i: int) -> bytes:
-    """Return the bytes of image i as they are stored, or as PNG if it is an array."""
+    """Return the stored bytes of image i, or a PNG if the data set is in memory."""
     if isinstance(dataset.images, EncodedImages):
         return read_bytes(dataset.images.source, i)
     file = io.BytesIO()
@@ -166,13 +166,13 @@ def _write_parquet(path: Path, rows: Rows) -> None:
             writer.write_table(pa.Table.from_pylist(batch, schema))
         os.replace(temporary, path)
     except (pa.ArrowException, UnicodeError) as error:
-        raise UserError(f"{path}: names that are not UTF-8 cannot be in a Parquet file: {error}") from None
+        raise UserError(f"{path}: a Parquet file cannot contain names that are not UTF-8: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _check(config: DataConfig, dataset: Dataset, splits: dict[str, IntArray], path: Path) -> None:
-    """Read the table and raise UserError unless it gives the same classes, images, labels and splits."""
+    """Read the table back; raise UserError unless it has the same classes, images, labels and splits."""
     found = open_dataset(config)
     found_splits = split_dataset(found, config)
     expected = np.concatenate([dataset.labels[splits[split]] for split in SPLITS])
@@ -180,6 +180,6 @@ def _check(config: DataConfig, dataset: Dataset, splits: dict[str, IntArray], pa
     if is_same and split_hash(found, found_splits) == split_hash(dataset, splits):
         return
     raise UserError(
-        f"{path} does not give back the same classes, images and splits when read; names with spaces at the start "
-        "or end, or with line breaks, are a possible cause"
+        f"reading {path} back does not give the same classes, images and splits; a possible cause is names with line "
+        "breaks or with spaces at the start or end"
     )

@@ -24,7 +24,7 @@ def write_out_of_fold(folder: StudyDirectory, path: Path) -> int:
     try:
         write_atomically(path, csv_text(records).encode())
     except OSError as error:
-        raise UserError(f"--out-of-fold {path}: it cannot be written: {error.strerror}") from None
+        raise UserError(f"--out-of-fold {path}: cannot be written: {error.strerror}") from None
     return len(records)
 
 
