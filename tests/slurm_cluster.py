@@ -221,7 +221,7 @@ def wait_for_end(*jobs: str) -> None:
 
 def wait_for_epoch(run: Run, epoch: int) -> None:
     """Wait until this epoch is finished."""
-    wait_until(lambda: len(run.epochs()) >= epoch, lambda: log_of(run))
+    wait_until(lambda: len(run.epoch_records()) >= epoch, lambda: log_of(run))
 
 
 def wait_for_start(run: Run, count: int) -> None:

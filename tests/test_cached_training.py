@@ -44,7 +44,7 @@ def log_of(run: Run) -> str:
 
 def assert_close(one: Run, other: Run, tolerance: float = 1e-5) -> None:
     """Check that all losses and accuracies of every epoch agree within the tolerance."""
-    for found, expected in zip(one.metrics(), other.metrics(), strict=True):
+    for found, expected in zip(one.metric_records(), other.metric_records(), strict=True):
         assert found.keys() == expected.keys()
         for key, value in found.items():
             assert value == pytest.approx(expected[key], abs=tolerance), key
@@ -78,8 +78,8 @@ def test_fixed_views_give_the_same_metrics_with_and_without_cached_features(tmp_
     assert "3 versions of each training image" in description
     assert_close(once, plain)
     assert len(entries(own_cache)) == 3 + 2, "three of train, one of validation and of test"
-    losses = [epoch["train/loss"] for epoch in every.epochs()]
-    assert losses != [epoch["train/loss"] for epoch in once.epochs()]
+    losses = [epoch["train/loss"] for epoch in every.epoch_records()]
+    assert losses != [epoch["train/loss"] for epoch in once.epoch_records()]
 
 
 def test_fixed_views_by_data_workers_give_the_same_metrics(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_an_edited_recipe_is_refused_with_its_differences_unless_allowed(tmp_pat
         assert "--allow-changes" in text
     statuses, text = resume_run(tmp_path, 1, recipe, *EMA, *edited, "--resume", "auto", "--allow-changes")
     assert statuses == [0], text
-    assert [record["epoch"] for record in only_run(tmp_path).epochs()] == [1, 2, 3, 4]
+    assert [record["epoch"] for record in only_run(tmp_path).epoch_records()] == [1, 2, 3, 4]
     assert only_run(tmp_path).recipe.optimizer.lr == 0.01
 
 
@@ -287,7 +287,12 @@ def test_compiled_and_distributed_weights_have_the_names_of_plain_ones(
 def parts_of(run: Any) -> dict[str, Any]:
     """Return the parts of a run that test_exact compares."""
     weights = {name: tensor.numpy() for name, tensor in load_weights(run.best_weights).items()}
-    return {"epochs": run.epochs(), "summary": run.summary, "predictions": run.predictions(), "weights": weights}
+    return {
+        "epochs": run.epoch_records(),
+        "summary": run.summary,
+        "predictions": run.prediction_records(),
+        "weights": weights,
+    }
 
 
 def test_batch_norm_statistics_that_differ_between_processes_are_kept(tmp_path: Path) -> None:

@@ -216,14 +216,14 @@ def test_a_metric_in_the_summary_that_is_not_a_number_is_reported(run: Run) -> N
 
 
 def test_predictions_with_fewer_rows_than_the_split_are_reported(run: Run) -> None:
-    rows = run.predictions()
+    rows = run.prediction_records()
     run.write_predictions([list(row.values()) for row in rows[:-2]])
     problem = f"predictions.csv is damaged: {len(rows) - 2} rows of {len(rows)} test images"
     assert problem in one_line(toolkit("evaluate", run.path))
 
 
 def test_a_report_leaves_out_one_line_of_metrics_with_bad_utf8(run: Run) -> None:
-    epochs = run.epochs()
+    epochs = run.epoch_records()
     data = run.metrics_file.read_bytes().splitlines(keepends=True)
     run.metrics_file.write_bytes(b"".join([b'{"epoch": "\xff"}\n', *data]))
     facts = load_run_data(run)

@@ -239,11 +239,11 @@ def test_a_source_gives_the_same_run_as_folders(
     assert "are the same" in evaluated.stdout, evaluated.stderr
     predicted = toolkit("predict", run.path, images / "test")
     rows = list(csv.DictReader(predicted.stdout.splitlines()))
-    assert [row["prediction"] for row in rows] == [row["prediction"] for row in run.predictions()]
+    assert [row["prediction"] for row in rows] == [row["prediction"] for row in run.prediction_records()]
     shown = load_run_data(run)  # a report takes its images from here; figures are the same for all sources
     pictures = open_run_images(run.recipe, shown.preprocessing, shown.classes)
     tests = [images / path for path, _, split in rows_of(images) if split == "test"]
-    for row, path in zip(run.predictions(), tests, strict=True):
+    for row, path in zip(run.prediction_records(), tests, strict=True):
         assert np.array_equal(pictures.load(row["path"])[..., 0], np.asarray(Image.open(path)))
 
 

@@ -115,7 +115,7 @@ def test_summary_and_metrics_of_an_earlier_version_are_read(tmp_path: Path) -> N
     assert run.summary["stopped_early"]
     assert run.summary["cached"] == ["features"]
     assert "shortcuts" not in run.summary
-    assert run.epochs() == [{"epoch": 1, "train/loss": 1.0, "val/balanced_accuracy": 0.25}]
+    assert run.epoch_records() == [{"epoch": 1, "train/loss": 1.0, "val/balanced_accuracy": 0.25}]
 
 
 def test_columns_and_published_metrics_of_an_earlier_study_are_read() -> None:

@@ -52,7 +52,7 @@ def test_a_copy_of_the_test_images_gives_the_run_s_own_test_metrics(run: Run, im
     own = {name: run.summary["best"][f"test_{name}"] for name in measures_of("single_label")}
     assert found["metrics"] == found["own"]["metrics"] == own
     assert (found["name"], found["images"], found["missing_classes"], found["notes"]) == ("photos", 50, [], [])
-    own_rows = [list(row.values()) for row in run.predictions()]
+    own_rows = [list(row.values()) for row in run.prediction_records()]
     assert predictions(run, "photos")[1:] == [[row[0].removeprefix("test/"), *row[1:]] for row in own_rows]
 
 
@@ -71,7 +71,7 @@ def test_classes_are_matched_by_name_and_missing_ones_are_named(run: Run, images
         shutil.rmtree(images / digit)
     outcome = toolkit("evaluate", run.path, "--data", images)
     assert "no images of 6 of the model's 10 classes: 0, 1, 2, 4, 5, 6" in outcome.stdout
-    own = {row["path"].removeprefix("test/"): list(row.values())[1:] for row in run.predictions()}
+    own = {row["path"].removeprefix("test/"): list(row.values())[1:] for row in run.prediction_records()}
     rows = predictions(run, "photos")[1:]
     assert len(rows) == 20
     assert all(own[path] == rest for path, *rest in rows)
@@ -95,7 +95,7 @@ def test_a_table_may_have_test_images_of_one_class_only(run: Run, images: Path) 
     paths = [path.relative_to(images).as_posix() for path in sorted((images / "3").iterdir())]
     table.write_text("path,label,split\n" + "".join(f"{path},3,test\n" for path in paths))
     found = evaluation(toolkit("evaluate", run.path, "--data", table, "--split", "test", "--json"))
-    own = [row["prediction"] for row in run.predictions() if row["label"] == "3"]
+    own = [row["prediction"] for row in run.prediction_records() if row["label"] == "3"]
     assert found["metrics"]["accuracy"] == own.count("3") / len(own)
     assert (found["images"], len(found["missing_classes"])) == (5, 9)
 

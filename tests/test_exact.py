@@ -89,7 +89,12 @@ def trained(root: Path, batch_norm: bool, settings: tuple[str, ...]) -> dict[str
         run = fit(loads_recipe(text, settings))
     weights = {name: tensor.numpy() for name, tensor in load_weights(run.best_weights).items()}
     assert run.summary["images"] == IMAGES
-    return {"epochs": run.epochs(), "summary": run.summary, "predictions": run.predictions(), "weights": weights}
+    return {
+        "epochs": run.epoch_records(),
+        "summary": run.summary,
+        "predictions": run.prediction_records(),
+        "weights": weights,
+    }
 
 
 @functools.cache
@@ -120,7 +125,7 @@ def quickstart(root: Path, settings: tuple[str, ...]) -> list[dict[str, Any]]:
     """Train the shipped quickstart recipe and return its metrics per epoch."""
     common = (f'recipe.run_root="{root}"', "tracking.trackers=[]", "train.batch_size=60")
     with contextlib.redirect_stderr(io.StringIO()):
-        return fit(load_recipe(QUICKSTART, (*common, *settings))).epochs()
+        return fit(load_recipe(QUICKSTART, (*common, *settings))).epoch_records()
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_the_worst_mistakes_are_those_of_predictions_csv(run: Run) -> None:
     outcome = toolkit("explain", run.path, "--worst", "3", "--json")
     assert outcome.status == 0, outcome.stderr
     found = json.loads(outcome.stdout)
-    wrong = [row for row in run.predictions() if row["label"] != row["prediction"]]
+    wrong = [row for row in run.prediction_records() if row["label"] != row["prediction"]]
     worst = sorted(wrong, key=lambda row: -float(row["probability"]))[:3]
     assert [(one["path"], one["label"], one["prediction"]) for one in found] == [
         (row["path"], row["label"], row["prediction"]) for row in worst
@@ -229,7 +229,7 @@ def test_a_user_s_mistake_gives_one_message(run: Run, copy: Run, monkeypatch: py
     assert "predictions.csv is damaged: elsewhere.png is not a test image" in message(copy.path)
     table.write_text(f"{header}\n{first.split(',')[0]},0,1,likely\n")
     assert "predictions.csv is damaged: row 1 has the probability 'likely'" in message(copy.path)
-    right = [f"{row['path']},{row['label']},{row['label']},0.5" for row in run.predictions()]
+    right = [f"{row['path']},{row['label']},{row['label']},0.5" for row in run.prediction_records()]
     table.write_text("\n".join([header, *right]) + "\n")
     assert "misclassified none of its test images: give images to explain" in message(copy.path)
     find = importlib.util.find_spec

@@ -123,7 +123,7 @@ def test_an_exported_model_predicts_the_same_as_its_run(runs: Callable[[str], Ru
     run = runs("resnet18")
     assert toolkit("export", run.path, "--format", "safetensors", "-o", tmp_path / "out").status == 0
     images = Path(run.recipe.data.root) / "test"
-    expected = [(row["prediction"], float(row["probability"])) for row in run.predictions()]
+    expected = [(row["prediction"], float(row["probability"])) for row in run.prediction_records()]
     rows = [line.split(",") for line in toolkit("predict", tmp_path / "out", images).stdout.splitlines()[1:]]
     assert [row[1] for row in rows] == [prediction for prediction, _ in expected]
     assert [float(row[2]) for row in rows] == pytest.approx([probability for _, probability in expected], rel=1e-4)
@@ -336,7 +336,7 @@ def test_the_last_model_can_be_exported_too(runs: Callable[[str], Run], tmp_path
     assert newest is not None
     content = load_checkpoint(newest)
     expected = {**content["model"], **content["ema"]}
-    assert content["position"]["epoch"] == run.epochs()[-1]["epoch"]
+    assert content["position"]["epoch"] == run.epoch_records()[-1]["epoch"]
     assert all(torch.equal(exported[name], expected[name]) for name in exported)
     copy = Run(shutil.copytree(run.path, tmp_path / "copy"))
     for path in copy.checkpoints.glob("*.pt"):

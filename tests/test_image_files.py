@@ -79,7 +79,7 @@ def test_model_card_recipe_and_export_state_the_orientation_rule(run: Run, turne
 def test_training_and_prediction_use_the_same_pixels(turned: Path, cache: str, rule: str, tmp_path: Path) -> None:
     """Compare predictions.csv, with or without cached images, with predictions from the files by `toolkit predict`."""
     trained = train(recipe(turned, 3), f"data.cache={json.dumps(cache)}", f"data.exif={json.dumps(rule)}")
-    rows = trained.predictions()
+    rows = trained.prediction_records()
     files = [turned / "data" / row["path"] for row in rows]
     outcome = toolkit("predict", trained.path, *files)
     found = list(csv.DictReader(outcome.stdout.splitlines()))
@@ -139,7 +139,7 @@ def test_twelve_bit_images_are_trained_on_and_a_single_image_is_read_the_same(de
     assert card["mean"][0] == pytest.approx((0.2 + 0.95) / 2, abs=0.02)
     assert run.summary["best"]["val_accuracy"] == 1
     assert "equal those of summary.json" in toolkit("evaluate", run.path).stdout
-    rows = run.predictions()
+    rows = run.prediction_records()
     for row in rows:
         (line,) = csv.DictReader(toolkit("predict", run.path, deep / "data" / row["path"]).stdout.splitlines())
         assert line["prediction"] == row["prediction"]

@@ -287,7 +287,7 @@ def test_a_run_killed_within_a_stage_continues_as_if_it_had_not_been(staged: Run
     text = (staged.path.parents[2] / "recipe.toml").read_text()
     recipe.write_text(text.replace(str(staged.path.parents[2]), str(tmp_path)))
     overrides = [part for setting in (*STAGES, FLIPPED, 'data.cache="memory"') for part in ("--set", setting)]
-    steps = int(staged.epochs()[0]["step"])
+    steps = int(staged.epoch_records()[0]["step"])
     killed = Trainers(1, tmp_path / "shown", recipe, *overrides, prepare=lambda _: kill_at(steps + 2))
     assert killed.wait() == [-9], killed.text()
     (path,) = (tmp_path / "runs" / "tiny").iterdir()

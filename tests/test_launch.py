@@ -71,7 +71,7 @@ def test_every_launcher_gives_the_same_metrics(tmp_path: Path) -> None:
         for rank in range(2):
             assert f"rank {rank} of 2 on " in done.stderr, "start-up names every process"
         assert run.environment["processes"] == 2
-        assert run.epochs()[0] == pytest.approx(expected.epochs()[0], rel=1e-5), name
+        assert run.epoch_records()[0] == pytest.approx(expected.epoch_records()[0], rel=1e-5), name
 
 
 def test_accelerate_reads_the_shipped_configurations() -> None:

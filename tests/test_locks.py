@@ -20,7 +20,8 @@ from trainers import EMA, STATEFUL, Trainers, at_call, only_run, outcome, uninte
 from toolkit import locks
 from toolkit.cache.store import try_lock
 from toolkit.locks import acquire, held, is_held
-from toolkit.runs import Run, RunInUse
+from toolkit.run_directory import RunInUse
+from toolkit.runs import Run
 from toolkit.study.directory import claim, is_claimed
 from toolkit.training.train_step import TrainStep
 

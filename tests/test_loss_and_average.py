@@ -148,7 +148,7 @@ def test_class_weights_apply_to_each_class_of_the_binary_cross_entropy() -> None
 
 def test_a_run_with_binary_cross_entropy_learns_and_is_validated_by_cross_entropy(tmp_path: Path) -> None:
     run = train_on_files(tmp_path, CONVNET, 'train.loss="bce"', "optimizer.lr=1.0", epochs=6)
-    losses = [record["train/loss"] for record in run.epochs()]
+    losses = [record["train/loss"] for record in run.epoch_records()]
     assert losses[0] < np.log(2) * 1.1, "ten classes, of which nine are negative"
     assert losses[-1] < 0.8 * losses[0]
     assert run.summary["best"]["val_loss"] > 1.0, "cross-entropy is several times as large"
@@ -227,7 +227,9 @@ def test_the_summary_contains_the_number_of_images_per_epoch(tmp_path: Path) -> 
     settings = ("train.batch_size=500", "train.drop_last=true", f'recipe.run_root="{tmp_path}"', "train.epochs=1")
     run = train(RECIPES / "quickstart.toml", *settings, "tracking={trackers=[]}")
     assert (run.summary["images_per_epoch"], run.summary["images"]["train"]) == (1000, 1294)
-    assert run.epochs()[0]["train/accuracy"] * 1000 == pytest.approx(round(run.epochs()[0]["train/accuracy"] * 1000))
+    assert run.epoch_records()[0]["train/accuracy"] * 1000 == pytest.approx(
+        round(run.epoch_records()[0]["train/accuracy"] * 1000)
+    )
 
 
 # -- one image and batch norm -----------------------------------------------------------------------------------------

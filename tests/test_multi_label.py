@@ -140,12 +140,12 @@ def test_predictions_and_class_metrics_equal_scikit_learn_s(run: Run) -> None:
     with (run.path / "class_metrics.csv").open(newline="") as file:
         of_class = list(csv.DictReader(file))
     if kind_of(run) == "single_label":
-        rows = run.predictions()
+        rows = run.prediction_records()
         labels, decided = ([row[column] for row in rows] for column in ("label", "prediction"))
         expected = oracle.precision_recall_fscore_support(labels, decided, labels=classes, zero_division=0)
         assert best["test_accuracy"] == pytest.approx(oracle.accuracy_score(labels, decided), abs=1e-9)
     else:
-        rows = run.predictions()
+        rows = run.prediction_records()
         truth, found = (
             np.array([[name in row[column].split(";") for name in classes] for row in rows])
             for column in ("labels", "predictions")
@@ -196,7 +196,7 @@ def test_predict_lists_the_class_or_all_labels_above_their_thresholds(run: Run, 
     assert found.status == 0, found.stderr
     listed = {Path(each["path"]).name: each["predictions"] for each in json.loads(found.stdout)}
     column = "predictions" if is_multi_label(run) else "prediction"
-    for row in run.predictions():
+    for row in run.prediction_records():
         predictions = listed[Path(row["path"]).name]
         assert {each["class"] for each in predictions} == set(filter(None, row[column].split(";")))
         probabilities = [each["probability"] for each in predictions]
@@ -247,7 +247,7 @@ def test_explain_shows_the_prediction_or_each_label_predicted_or_missed(run: Run
         assert len(rows) == 2
         assert all(row["prediction"] != row["label"] for row in rows)
     else:
-        recorded = {row["path"]: row for row in run.predictions()}
+        recorded = {row["path"]: row for row in run.prediction_records()}
         for path in {row["path"] for row in rows}:
             wanted = {*recorded[path]["labels"].split(";"), *recorded[path]["predictions"].split(";")} - {""}
             assert {row["prediction"] for row in rows if row["path"] == path} == wanted
@@ -305,10 +305,10 @@ def test_labels_of_other_data_that_are_unknown_or_never_vary(run: Run, table: Pa
 )  # fmt: skip
 def test_training_options_work_with_both_kinds(tmp_path: Path, table: Path, kind: str, more: tuple[str, ...]) -> None:
     run = train(write_recipe(tmp_path, kind, table), *more)
-    assert np.isfinite([record["train/loss"] for record in run.epochs()]).all()
+    assert np.isfinite([record["train/loss"] for record in run.epoch_records()]).all()
     if kind == "multi_label" and "task.threshold=0.4" in more:
         assert set(run.model_card["task"]["thresholds"]) == {0.4}
-        rows = run.predictions()
+        rows = run.prediction_records()
         for row in rows:
             above = [name for name in run.model_card["classes"] if float(row[f"probability of {name}"]) >= 0.4]
             assert row["predictions"] == ";".join(above)
@@ -327,7 +327,7 @@ def test_equal_weights_of_images_change_nothing_and_unequal_ones_the_loss(tmp_pa
                 weight = 2.0 if name == "equal" else float("one" in row["label"])
                 writer.writerow([row["image"], row["label"], row["split"], weight])
         weights = () if name == "none" else ('data.columns.weight="weight"',)
-        losses[name] = train(write_recipe(tmp_path, "multi_label", path), *weights).epochs()[0]["train/loss"]
+        losses[name] = train(write_recipe(tmp_path, "multi_label", path), *weights).epoch_records()[0]["train/loss"]
     assert losses["equal"] == losses["none"]
     assert abs(losses["unequal"] - losses["none"]) > 1e-4
 
@@ -346,7 +346,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes_and_two_processes_give_the_sa
     assert killed.model_card["task"] == plain.model_card["task"]
     for name in ("metrics.jsonl", "predictions.csv", "class_metrics.csv"):
         assert (killed.path / name).read_bytes() == (plain.path / name).read_bytes(), name
-    for record, other in zip(plain.epochs(), two.epochs(), strict=True):
+    for record, other in zip(plain.epoch_records(), two.epoch_records(), strict=True):
         assert other == pytest.approx(record, rel=1e-3, abs=1e-3)
 
 
@@ -386,8 +386,8 @@ def test_w_and_b_gets_the_metrics_of_labels_offline(tmp_path: Path, table: Path)
     assert trainers.wait() == [0], trainers.text()
     (folder,) = (tmp_path / "runs" / "small").iterdir()
     run = open_run(folder)
-    assert {"val/map", "val/auroc", "val/micro_f1"} <= set(run.epochs()[0])
-    assert history(run, "offline-run-*") == run.metrics()
+    assert {"val/map", "val/auroc", "val/micro_f1"} <= set(run.epoch_records()[0])
+    assert history(run, "offline-run-*") == run.metric_records()
 
 
 def test_the_data_report_counts_labels(tmp_path: Path, table: Path) -> None:

@@ -137,7 +137,7 @@ def test_predictions_are_one_line_each_and_read_back_exactly(home: Path, run: Ru
     with open(run.path / "predictions.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len((run.path / "predictions.csv").read_text().splitlines()) == len(rows) + 1
-    assert rows == run.predictions()
+    assert rows == run.prediction_records()
     assert [row["path"] for row in rows] == run.split["test"]
     for row in rows:
         path = home / "data" / decode_name(row["path"])

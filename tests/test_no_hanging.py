@@ -231,7 +231,7 @@ def test_skipping_leaves_out_the_same_images_in_all_processes_up_to_a_limit(tmp_
         run = only_run(folder)
         assert run.summary["images_left_out"] == 2
         assert "left out 2 unreadable images" in text
-        epochs.append(run.epochs())
+        epochs.append(run.epoch_records())
     for one, two in zip(*epochs, strict=True):
         assert one == pytest.approx(two, rel=1e-5)
     statuses, text = statuses_and_output(

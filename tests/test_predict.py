@@ -59,7 +59,7 @@ def expected_csv(run: Run) -> list[dict[str, str]]:
     root = Path(run.recipe.data.root)
     return [
         {"path": str(root / row["path"]), "prediction": row["prediction"], "probability": row["probability"]}
-        for row in run.predictions()
+        for row in run.prediction_records()
     ]
 
 

@@ -197,7 +197,7 @@ def test_with_allowed_changes_trained_images_stay_out_of_validation_and_test(
     resumed(run)  # from now on these are the run's data
     assert (run.path / "split.json").read_bytes() == split
     assert run.is_finished
-    assert len(run.predictions()) == len(now["test"])
+    assert len(run.prediction_records()) == len(now["test"])
     assert [path.name for path in run.path.glob("split-*.json")] == ["split-1.json"]
 
 
@@ -314,7 +314,7 @@ def test_a_recipe_edited_inside_the_run_is_refused_with_its_differences(recipe: 
     assert content(run) == before
     resumed(run, until=2, allow_changes=True)
     resumed(run)  # the checkpoint now has the edited recipe
-    assert [(record["epoch"], record["lr"]) for record in run.epochs()] == [(1, 0.05), (2, 0.05), (3, 0.01)]
+    assert [(record["epoch"], record["lr"]) for record in run.epoch_records()] == [(1, 0.05), (2, 0.05), (3, 0.01)]
 
 
 def test_with_allowed_changes_fewer_epochs_than_trained_end_the_run(recipe: Recipe) -> None:
@@ -438,7 +438,7 @@ def test_lost_or_edited_lines_of_metrics_are_refused(
     assert content(run) == before
     found = outcome(resumed(run, allow_changes=True))
     assert (found["weights"], found["predictions"]) == (plain["weights"], plain["predictions"])
-    assert [record["epoch"] for record in run.epochs()][-2:] == [3, 4]
+    assert [record["epoch"] for record in run.epoch_records()][-2:] == [3, 4]
     assert f"warning: metrics.jsonl is damaged ({fault}" in run.log_file.read_text()
 
 
@@ -460,13 +460,13 @@ def flip_weights(path: Path) -> None:
 
 
 def best_file(run: Run) -> Path:
-    return run.checkpoints / f"best-{run.epochs()[-1]['epoch']:04d}.safetensors"
+    return run.checkpoints / f"best-{run.epoch_records()[-1]['epoch']:04d}.safetensors"
 
 
 def improving(recipe: Recipe) -> Recipe:
     """Return a recipe whose best metric, the validation loss, improves in every epoch; assert that it does."""
     better = changed(recipe, train__best_metric="val/loss", optimizer__lr=0.02)
-    losses = [record["val/loss"] for record in fit(better, quiet=True).epochs()]
+    losses = [record["val/loss"] for record in fit(better, quiet=True).epoch_records()]
     assert losses == sorted(losses, reverse=True)
     return better
 

@@ -85,7 +85,7 @@ def test_equal_accuracies_are_decided_by_loss_and_equal_losses_by_accuracy(best_
 def test_a_run_keeps_the_lower_loss_of_equal_accuracies(tmp_path: Path) -> None:
     """With ten validation images many epochs have the same accuracy, and the first of them is not the best."""
     run = train(write(tmp_path), "data.split.validation=10", "train.epochs=20")
-    epochs, best = run.epochs(), run.summary["best"]
+    epochs, best = run.epoch_records(), run.summary["best"]
     highest = max(r["val/accuracy"] for r in epochs)
     tied = [r for r in epochs if r["val/accuracy"] == highest]
     assert len(tied) > 1
@@ -149,7 +149,7 @@ def test_without_validation_and_test_all_images_are_trained(bare: Run) -> None:
     assert summary["images"] == {"train": 200, "validation": 0, "test": 0}
     assert summary["best"] == summary["last"] == {"epoch": 3}
     assert not (bare.path / "predictions.csv").exists()
-    assert [sorted(r) for r in bare.epochs()] == [["epoch", "lr", "step", "train/accuracy", "train/loss"]] * 3
+    assert [sorted(r) for r in bare.epoch_records()] == [["epoch", "lr", "step", "train/accuracy", "train/loss"]] * 3
     log = bare.log_file.read_text()
     assert "val loss" not in log
     assert "BEST" not in log
@@ -231,7 +231,7 @@ def test_frozen_features_are_cached_without_validation_too(bare: Run, tmp_path: 
     run = train(write(tmp_path), *NONE, *more)
     assert any("computed once for 200 images" in words for words in run.summary["cached"])
     plain = train(write(tmp_path), *NONE, *more, 'data.cache="off"')
-    own, expected = run.epochs()[-1]["train/loss"], plain.epochs()[-1]["train/loss"]
+    own, expected = run.epoch_records()[-1]["train/loss"], plain.epoch_records()[-1]["train/loss"]
     assert own == pytest.approx(expected, rel=1e-6)
 
 
@@ -329,5 +329,5 @@ def test_two_processes_train_on_all_images(tmp_path: Path, sync: str) -> None:
     assert "it holds the weights of the last epoch" in run.log_file.read_text()
     if sync == "true":
         alone = train(write(tmp_path / "alone"), *NONE, "train.ema=0.9")
-        losses = [[r["train/loss"] for r in each.epochs()] for each in (run, alone)]
+        losses = [[r["train/loss"] for r in each.epoch_records()] for each in (run, alone)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)

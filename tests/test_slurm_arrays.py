@@ -137,10 +137,10 @@ def test_a_search_continues_when_one_of_its_tasks_ends(work_dir: Path) -> None:
     assert (queue() or {})[f"{array}_{other}"].state == "COMPLETED", logs
     runs = folder.runs
     assert len(runs) == 4
-    assert any(run.is_finished and len(run.epochs()) == 3 for run in runs)
+    assert any(run.is_finished and len(run.epoch_records()) == 3 for run in runs)
     assert {state_of(run, queue()).state for run in runs} == {"finished", "paused"}
     # As many epochs as in an uninterrupted search: one configuration to the end, three for one epoch.
-    assert sorted(len(run.epochs()) for run in runs) == [1, 1, 1, 3]
+    assert sorted(len(run.epoch_records()) for run in runs) == [1, 1, 1, 3]
     assert "4 configurations, 1 trained to the end; 6 epochs" in (folder.path / "table.md").read_text()
     outcome = toolkit("submit", path, "--profile", "local")
     assert outcome.status == 2

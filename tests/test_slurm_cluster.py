@@ -130,7 +130,7 @@ def test_a_run_on_two_nodes_equals_a_run_in_one_process(among: Path) -> None:
     log = log_of(run)
     assert run.summary["processes"] == 2
     assert len(set(re.findall(r"rank \d of 2 on (\S+),", log))) == (2 if run_mode() == "net" else 1)
-    for actual, expected in zip(run.epochs(), alone.epochs(), strict=True):
+    for actual, expected in zip(run.epoch_records(), alone.epoch_records(), strict=True):
         assert actual["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-5)
         assert actual["val/loss"] == pytest.approx(expected["val/loss"], abs=1e-5)
     assert run.summary["best"]["test_loss"] == pytest.approx(alone.summary["best"]["test_loss"], abs=1e-5)
@@ -254,7 +254,7 @@ def test_a_requeued_job_ends_bit_identical(
     submit(recipe, "--partition", "low", "--set", "slurm.signal_before_s=110")
     run = submitted("requeued")
     for requeue in reasons:
-        wait_for_epoch(run, len(run.epochs()) + 2)
+        wait_for_epoch(run, len(run.epoch_records()) + 2)
         requeue(cluster, run)
     alone = local_run(recipe)
     wait_for(run, "finished")
@@ -266,7 +266,7 @@ def test_a_requeued_job_ends_bit_identical(
     actual, expected = load_file(run.best_weights), load_file(alone.best_weights)
     assert actual.keys() == expected.keys()
     assert all((actual[name] == expected[name]).all() for name in expected)
-    assert run.epochs() == alone.epochs()
+    assert run.epoch_records() == alone.epoch_records()
     assert (run.path / "predictions.csv").read_bytes() == (alone.path / "predictions.csv").read_bytes()
     # A single W&B run, even after several resumptions.
     parts = [folder.name.split("-", 3)[3] for folder in (run.path / "wandb").glob("offline-run-*")]

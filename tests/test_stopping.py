@@ -173,7 +173,7 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path: Path) -> None:
     assert len(fragments) == 2
     assert set(wandb_ids(run.path)) == {f"small-{run.id}"}
     logged = [line for name in fragments for line in history(run.path, name)]
-    assert logged == run.metrics(), "both fragments together have each line once"
+    assert logged == run.metric_records(), "both fragments together have each line once"
 
 
 def history(folder: Path, fragment: str) -> Iterator[dict[str, Any]]:

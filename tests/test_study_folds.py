@@ -106,7 +106,7 @@ def test_each_image_is_predicted_once_out_of_its_fold(tmp_path: Path) -> None:
         assert run is not None
         own = [row for row in rows if row["fold"] == str(member.fold)]
         assert [row["path"] for row in own] == run.split["test"]
-        assert [row["prediction"] for row in own] == [row["prediction"] for row in run.predictions()]
+        assert [row["prediction"] for row in own] == [row["prediction"] for row in run.prediction_records()]
         assert not {row["path"] for row in own} & {*run.split["train"], *run.split["validation"]}
         last = run
     (last.path / "summary.json").unlink()

@@ -50,7 +50,7 @@ def test_a_run_that_pauses_after_some_epochs_is_bit_identical(tmp_path: Path) ->
     whole = outcome(fit(loads_recipe(text)))
     recipe = loads_recipe(text, [f'recipe.run_root="{tmp_path / "parts"}"'])
     run = fit(recipe, until=1)
-    assert (len(run.epochs()), run.is_finished, state_of(run)) == (1, False, "paused")
+    assert (len(run.epoch_records()), run.is_finished, state_of(run)) == (1, False, "paused")
     for until, finished in ((1, False), (3, False), (None, True)):
         run = fit(recipe, resume=run.path, until=until)
         assert run.is_finished is finished
@@ -63,7 +63,7 @@ def test_a_pause_after_the_last_epoch_or_after_early_stopping_finishes_the_run(t
     assert fit(loads_recipe(text), until=9).is_finished
     stops = loads_recipe(text, ["early_stopping.patience=1", "early_stopping.min_delta=100.0"])
     run = fit(stops, until=2)
-    assert (run.is_finished, run.summary["stopped_early"], len(run.epochs())) == (True, True, 2)
+    assert (run.is_finished, run.summary["stopped_early"], len(run.epoch_records())) == (True, True, 2)
 
 
 def test_a_quiet_run_writes_the_same_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -412,7 +412,7 @@ def test_an_interrupt_pauses_a_study(tmp_path: Path) -> None:
     process = start(tmp_path / "shown.txt", "study", path)
     try:
         folder, deadline = study_folder(tmp_path), time.monotonic() + 250
-        while not (folder.exists and any(run.epochs() for _, run in runs_of(tmp_path))):
+        while not (folder.exists and any(run.epoch_records() for _, run in runs_of(tmp_path))):
             assert time.monotonic() < deadline, (tmp_path / "shown.txt").read_text()
             time.sleep(0.05)
         assert process.pid is not None

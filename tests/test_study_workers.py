@@ -160,12 +160,12 @@ def test_a_search_whose_two_workers_are_killed_at_random_is_finished(tmp_path: P
     assert result.status == 0, result.stderr
     assert folder.is_complete
     assert len(folder.members) == 12
-    epochs = [len(run.epochs()) for _, run in runs_of(tmp_path)]
+    epochs = [len(run.epoch_records()) for _, run in runs_of(tmp_path)]
     assert set(epochs) <= {1, 2, 4}
     assert 4 in epochs
     assert 1 in epochs
     for title, run in runs_of(tmp_path):
-        assert run.is_finished == (len(run.epochs()) == 4), title
+        assert run.is_finished == (len(run.epoch_records()) == 4), title
     before = outcomes_of_finished(tmp_path)
     assert toolkit("study", path, "--parallel", "2").status == 0
     assert outcomes_of_finished(tmp_path) == before
@@ -239,7 +239,7 @@ def test_a_worker_trains_a_run_to_its_target_epoch(tmp_path: Path) -> None:
         set_target_epoch(run, until)
         with GracefulStop() as stop:
             assert worker_loop(folder, stop, train_run, wait_for_others=False) == 0
-        assert len(run.epochs()) == epochs
+        assert len(run.epoch_records()) == epochs
         assert not is_open(run)
     assert run.is_finished
 
@@ -266,7 +266,7 @@ def test_a_worker_started_on_the_command_line_finishes_a_search(tmp_path: Path) 
     write_study(tmp_path, text.replace("trials = 3", "trials = 5"))
     assert toolkit("study", path, "--worker").status == 0
     assert folder.is_complete
-    assert sorted(len(run.epochs()) for run in folder.runs) == [1, 1, 3]
+    assert sorted(len(run.epoch_records()) for run in folder.runs) == [1, 1, 3]
 
 
 def test_an_error_that_stops_all_workers_of_a_search_is_one_message(tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ def test_a_worker_launches_stops_and_resumes_a_run_on_two_processes(tmp_path: Pa
     set_target_epoch(run, 2)
     with GracefulStop() as stop:
         assert train_with_torchrun(run, 2, (), stop)
-        assert len(run.epochs()) == 2
+        assert len(run.epoch_records()) == 2
         set_target_epoch(run, None)
         threading.Thread(target=_stop_after, args=(run, 4, stop)).start()
         with pytest.raises(Exception, match="resumes with the study"):
@@ -429,5 +429,5 @@ def test_a_worker_launches_stops_and_resumes_a_run_on_two_processes(tmp_path: Pa
 
 
 def _stop_after(run: Run, epochs: int, stop: GracefulStop) -> None:
-    wait_until(lambda: len(run.epochs()) >= epochs)
+    wait_until(lambda: len(run.epoch_records()) >= epochs)
     stop.reason = "the test"

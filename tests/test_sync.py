@@ -75,11 +75,11 @@ def test_a_run_is_uploaded_completely_and_once(
     assert outcome.status == 0, outcome.stderr
     (sent,) = server.runs.items()
     assert sent[0] == id_of(run)
-    assert sent[1].lines() == run.metrics(), "each line once, in order"
+    assert sent[1].lines() == run.metric_records(), "each line once, in order"
     assert sent[1].exit_code == 0
     assert sent[1].summary["best.test_accuracy"] == run.summary["best"]["test_accuracy"]
     url = f"{server.url}/me/p/runs/{id_of(run)}"
-    assert outcome.stdout == f"{run.path}: {len(run.metrics())} lines uploaded, {url}\n"
+    assert outcome.stdout == f"{run.path}: {len(run.metric_records())} lines uploaded, {url}\n"
     asked = server.asked
     monkeypatch.delenv("WANDB_API_KEY")
     outcome = sync(run.path)
@@ -93,12 +93,12 @@ def test_syncing_a_resumed_run_uploads_the_new_part(run: Run, server: WandbServe
     run.metrics_file.write_bytes(b"".join(lines[:7]))
     (run.path / "summary.json").unlink()
     assert "7 lines uploaded" in sync(run.path).stdout
-    assert server.runs[id_of(run)].lines() == run.metrics()
+    assert server.runs[id_of(run)].lines() == run.metric_records()
     assert server.runs[id_of(run)].exit_code == 3, "not at its end"
     run.metrics_file.write_bytes(b"".join(lines))
     (run.path / "summary.json").write_bytes(summary)
     assert f"{len(lines) - 7} lines uploaded" in sync(run.path).stdout
-    assert server.runs[id_of(run)].lines() == run.metrics()
+    assert server.runs[id_of(run)].lines() == run.metric_records()
     assert server.runs[id_of(run)].exit_code == 0
 
 
@@ -138,7 +138,7 @@ def test_an_incomplete_upload_is_reported_and_retried(
     getattr(server, how).clear()
     outcome = sync(run.path)
     assert outcome.status == 0, outcome.stderr
-    assert server.runs[id_of(run)].lines() == run.metrics()
+    assert server.runs[id_of(run)].lines() == run.metric_records()
 
 
 def test_all_runs_of_a_folder_are_synced_and_a_damaged_one_is_named(run: Run, server: WandbServer) -> None:
@@ -150,4 +150,4 @@ def test_all_runs_of_a_folder_are_synced_and_a_damaged_one_is_named(run: Run, se
     assert outcome.stderr == f"{damaged.metrics_file}:1: damaged line (Expecting value: line 1 column 1 (char 0))\n"
     found = {Path(one["run"]).name: one for one in json.loads(outcome.stdout)}
     assert {name: one["state"] for name, one in found.items()} == {run.id: "uploaded", "untracked": "untracked"}
-    assert found[run.id]["lines"] == len(run.metrics())
+    assert found[run.id]["lines"] == len(run.metric_records())

@@ -136,7 +136,7 @@ def test_a_real_command_with_all_streams_closed(tmp_path: Path) -> None:
     run = only_run(tmp_path)
     assert run.is_finished
     assert epochs_in_log(tmp_path) == 2
-    assert [record["epoch"] for record in run.epochs()] == [1, 2]
+    assert [record["epoch"] for record in run.epoch_records()] == [1, 2]
 
 
 @pytest.mark.slow

@@ -107,14 +107,14 @@ def test_without_a_login_wandb_is_offline_and_the_log_says_how_to_upload(tmp_pat
     output = train(tmp_path)
     assert "W&B is offline: there is no W&B login" in output
     assert f"To upload later: toolkit sync {only_run(tmp_path).path}" in output
-    assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
+    assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metric_records()
 
 
 def test_an_absent_server_leads_to_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
     assert "cannot be reached" in train(tmp_path)
-    assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
+    assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metric_records()
 
 
 def test_an_unresponsive_server_leads_to_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_an_unresponsive_server_leads_to_an_offline_run(tmp_path: Path, monkeypa
         output = train(tmp_path)
     assert "W&B is offline: its server 127.0.0.1 did not answer within 1 s" in output
     assert "warning" not in output
-    assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
+    assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metric_records()
 
 
 def test_a_server_that_does_not_answer_the_client_leads_to_an_offline_run(
@@ -140,7 +140,7 @@ def test_a_server_that_does_not_answer_the_client_leads_to_an_offline_run(
     assert "W&B did not respond (" in output
     assert "logging offline instead" in output
     assert "warning" not in output
-    assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metrics()
+    assert history(only_run(tmp_path), "offline-run-*") == only_run(tmp_path).metric_records()
 
 
 def test_only_the_main_process_tracks_and_the_config_is_the_recipe(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_only_the_main_process_tracks_and_the_config_is_the_recipe(tmp_path: Pat
     records = list(wandb_records(run.path, fragment.name))
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {one.run_id for one in runs} == {f"small-{run.id}"}
-    assert history(run, fragment.name) == run.metrics()
+    assert history(run, fragment.name) == run.metric_records()
     updates = [item for record in records for item in (*record.run.config.update, *record.config.update)]
     config = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in updates}
     assert config["optimizer.lr"] == run.recipe.optimizer.lr
@@ -201,7 +201,9 @@ def mlflow_lines(client: MlflowClient, run_id: str) -> list[dict[str, float]]:
 def test_mlflow_gets_params_metrics_and_summary_from_the_main_process(mlflow_run: Run) -> None:
     client = MlflowClient(f"sqlite:///{mlflow_run.path}/mlflow.db")
     (run,) = mlflow_runs(client, "digits")
-    assert mlflow_lines(client, run.info.run_id) == mlflow_run.metrics(), "each line once, though two processes trained"
+    assert mlflow_lines(client, run.info.run_id) == mlflow_run.metric_records(), (
+        "each line once, though two processes trained"
+    )
     assert run.data.metrics["best.test_accuracy"] == mlflow_run.summary["best"]["test_accuracy"]
     assert run.data.params["optimizer.lr"] == "0.05"
     assert run.data.params["train.batch_size"] == "16", "the batch size of all processes, not of one"
@@ -234,7 +236,7 @@ def test_a_resumed_run_is_one_mlflow_run(
     (run,) = mlflow_runs(client, "toolkit")
     assert run.info.status == "FINISHED"
     assert only_run(tmp_path).metrics_file.read_bytes() == metrics
-    assert mlflow_lines(client, run.info.run_id) == only_run(tmp_path).metrics(), "each line once"
+    assert mlflow_lines(client, run.info.run_id) == only_run(tmp_path).metric_records(), "each line once"
     assert not (only_run(tmp_path).path / "mlflow.db").exists()
 
 
@@ -264,7 +266,7 @@ def test_an_absent_mlflow_server_is_one_warning_and_other_trackers_log(
     assert output.count("warning: mlflow logging has stopped") == 1
     run = only_run(tmp_path)
     assert run.metrics_file.read_bytes() == metrics
-    assert history(run, "offline-run-*") == run.metrics()
+    assert history(run, "offline-run-*") == run.metric_records()
 
 
 # -- during training --------------------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ def test_a_resumed_run_is_one_run_on_the_server(tmp_path: Path, server: WandbSer
     assert server.runs[name].exit_code == 3
     train(tmp_path, *tracked("wandb"))
     assert list(server.runs) == [name]
-    assert server.runs[name].lines() == run.metrics(), "each line once"
+    assert server.runs[name].lines() == run.metric_records(), "each line once"
     assert server.runs[name].exit_code == 0
     assert server.runs[name].summary["best.test_accuracy"] == run.summary["best"]["test_accuracy"]
 
@@ -320,7 +322,9 @@ def test_a_server_that_stops_answering_is_one_warning(tmp_path: Path, server: Wa
     run = only_run(tmp_path)
     assert run.metrics_file.read_bytes() == metrics
     fragments = sorted(path.name for path in run.path.glob("wandb/run-*"))
-    assert [line for fragment in fragments for line in history(run, fragment)] == run.metrics(), "all lines are on disk"
+    assert [line for fragment in fragments for line in history(run, fragment)] == run.metric_records(), (
+        "all lines are on disk"
+    )
 
 
 def test_the_waits_of_trackers_leave_time_to_stop_within_the_limit() -> None:
@@ -342,7 +346,7 @@ def test_a_failing_tracker_is_one_warning_and_the_others_continue(tmp_path: Path
     )
     run = only_run(tmp_path)
     assert run.metrics_file.read_bytes() == metrics
-    assert history(run, "offline-run-*") == run.metrics()
+    assert history(run, "offline-run-*") == run.metric_records()
 
 
 def hanging_log(rank: int) -> None:

@@ -55,7 +55,7 @@ def test_the_run_directory_contains_all_documented_files(run: Run) -> None:
 
 
 def test_every_computed_metric_is_in_metrics_py(run: Run) -> None:
-    summary, epochs = run.summary, run.epochs()
+    summary, epochs = run.summary, run.epoch_records()
     values = {name: metric.read(summary, epochs) for name, metric in METRICS.items() if _is_single_label(metric)}
     assert [name for name, value in values.items() if value is None] == []
     assert {"last_train_loss": epochs[-1]["train/loss"], "test_accuracy": summary["best"]["test_accuracy"],
@@ -71,14 +71,14 @@ def _is_single_label(metric: Metric) -> bool:
 
 
 def test_metrics_and_summary_use_the_documented_names(run: Run) -> None:
-    epochs = run.epochs()
+    epochs = run.epoch_records()
     assert [record["epoch"] for record in epochs] == [1, 2, 3]
     assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/top5_accuracy", "val/balanced_accuracy",
             "lr"} <= set(epochs[0])  # fmt: skip
     assert {key for key in epochs[0] if key.startswith(("train/", "val/"))} == {
         name for name in EPOCH_METRICS if _is_single_label(metric_of(name))
     }
-    steps = [record for record in run.metrics() if "train/step_loss" in record]
+    steps = [record for record in run.metric_records() if "train/step_loss" in record]
     assert [record["step"] for record in steps] == [2, 4, 7, 9, 12, 14], "every two of the five steps of an epoch"
     summary = run.summary
     for model in ("best", "last"):
@@ -96,7 +96,7 @@ def test_metrics_and_summary_use_the_documented_names(run: Run) -> None:
 
 
 def test_predictions_are_in_dataset_order_and_give_the_summarys_accuracy(run: Run) -> None:
-    rows = run.predictions()
+    rows = run.prediction_records()
     assert len(rows) == 50
     right = sum(row["label"] == row["prediction"] for row in rows)
     assert right / len(rows) == pytest.approx(run.summary["best"]["test_accuracy"])
@@ -112,7 +112,7 @@ def test_the_run_directory_is_all_that_prediction_needs(run: Run) -> None:
     with torch.inference_mode():
         logits = trained.module(torch.stack([transform(dataset.images.load(int(i))) for i in indices]))
     predicted = [trained.classes[int(i)] for i in logits.argmax(1)]
-    assert predicted == [row["prediction"] for row in run.predictions()]
+    assert predicted == [row["prediction"] for row in run.prediction_records()]
 
 
 def wandb_records(folder: Path, fragment: str = "offline-run-*") -> Iterator[Any]:
@@ -148,7 +148,7 @@ def test_wandb_gets_every_line_of_metrics_jsonl(run: Run) -> None:
         elif kind == "run":
             runs.append(record.run)
             config |= {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.run.config.update}
-    assert history == run.metrics()
+    assert history == run.metric_records()
     assert config["train.epochs"] == 3
     assert config["optimizer.lr"] == 0.004
     assert runs[0].project == "testing"
@@ -163,7 +163,7 @@ def test_tensorboard_gets_the_losses(run: Run) -> None:
     (folder,) = {path.parent for path in run.path.glob("tensorboard/*/events.out.tfevents.*")}
     events = EventAccumulator(str(folder)).Reload()
     logged = [event.value for event in events.Scalars("val/loss")]
-    assert logged == pytest.approx([record["val/loss"] for record in run.epochs()], rel=1e-5)
+    assert logged == pytest.approx([record["val/loss"] for record in run.epoch_records()], rel=1e-5)
 
 
 def test_a_token_in_the_environment_is_written_to_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +223,7 @@ def test_a_linear_probe_on_real_images_with_real_weights(tmp_path: Path, caltech
     plain = train(tmp_path, *settings, "--set", "train.epochs=1", "--set", 'data.cache="off"', recipe=recipe)
     assert "computed once" in once.summary["cached"][0]
     assert plain.summary["cached"] == []
-    for cached, uncached in zip(once.epochs()[:1], plain.epochs(), strict=True):
+    for cached, uncached in zip(once.epoch_records()[:1], plain.epoch_records(), strict=True):
         assert cached == pytest.approx(uncached, rel=1e-5)
     assert once.summary["best"]["test_accuracy"] >= 0.7, "chance is 0.1"
 

@@ -19,7 +19,8 @@ from pydantic import Field
 from toolkit.errors import UserError
 from toolkit.reading import Shape, read_json
 from toolkit.recipe.base import NAME_LENGTH, NAME_PATTERN
-from toolkit.runs import Run, csv_text, write_atomically
+from toolkit.runs import Run
+from toolkit.writing import csv_text, write_atomically
 
 Metrics = dict[str, float]
 

@@ -1,384 +1,64 @@
-"""The run directory: its layout, and how its files are written and read. Only this module knows the file names.
-
-    <run_root>/<recipe name>/<run id>/
-      recipe.toml        resolved, complete
-      environment.json   versions, devices, processes, command, git state
-      split.json         image names of each split, and a hash; split-1.json, ...: splits from before the data changed
-      metrics.jsonl      one object per logging step and epoch
-      summary.json       final metrics (written at the end)
-      predictions.csv    test: path, label, prediction, probability (best model); absent without a test split
-      origins.json       for each recipe key, where its value came from
-      figures/           SVG and PDF, for print; report.html: everything in one file
-      checkpoints/       best.safetensors, model.json, and what is needed to resume
-      evaluations/       metrics and predictions on other data sets (toolkit/evaluations.py)
-      log.txt            console output
-      wandb/ tensorboard/ mlflow.db
-
-Every file is written under a temporary name, synced to disk and renamed (metrics.jsonl and log.txt are appended to).
-"""
+"""Runs: the object that Python users have of a run directory, and how run directories are created and found."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
-import json
 import os
 import re
 import secrets
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
-from filelock import Timeout
-from pydantic import ConfigDict, Field
+from toolkit.data_frames import data_frame
+from toolkit.errors import UserError
+from toolkit.run_directory import RunDirectory
 
-from toolkit.errors import EXIT_FAILURE, UserError
-from toolkit.locks import Lock, acquire
-from toolkit.reading import Shape, UnreadableFile, check_shape, read_bytes, read_csv, read_json, read_json_lines
-from toolkit.recipe import Recipe, load_recipe
-from toolkit.recipe.earlier_versions import update_metrics, update_summary
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
-LABEL_COLUMNS = ("path", "labels", "predictions")
-"""First columns of a multi-label predictions.csv, before one column for the probability of each label."""
-LABEL_SEPARATOR = ";"
-"""Separates labels in predictions.csv and in the output of `toolkit predict`."""
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 
-Number = float | None
 
+class Run(RunDirectory):
+    """A run, as :func:`fit` and :func:`open_run` return it: its run directory, and what is computed from the files.
 
-class RunInUse(UserError):
-    """Raised if another trainer is using the run directory."""
+    Reading imports neither torch nor pandas; properties and methods that need them import them.
+    """
 
-
-class _ModelMetrics(Shape):
-    """Entry of summary.json for one model: its epoch and metrics."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-    __pydantic_extra__: dict[str, float]
-    epoch: int = Field(ge=0)
-
-
-class _Summary(Shape):
-    """Schema of summary.json. Only the metrics of the two models are required; earlier versions wrote fewer keys."""
-
-    best: _ModelMetrics
-    last: _ModelMetrics
-    train_loss: Number = None
-    train_accuracy: Number = None
-    last_thresholds: list[float] | None = None
-    epochs_run: int = Field(0, ge=0)
-    stopped_early: bool = False
-    parameters: int = Field(0, ge=0)
-    trainable_parameters: int = Field(0, ge=0)
-    seconds: float = Field(0, ge=0, allow_inf_nan=False)
-    startup_seconds: Number = None
-    images_per_s: float = Field(0, ge=0, allow_inf_nan=False)
-    images: dict[str, int] = Field({})
-    processes: int = Field(1, ge=1)
-    device: str = ""
-    precision: Literal["no", "bf16", "fp16"] | None = None
-    seed: int = 0
-
-
-class _Environment(Shape):
-    """Schema of environment.json: the keys that the toolkit reads."""
-
-    processes: int = Field(1, ge=1)
-    slurm_job: str | None = None
-
-
-class _Split(Shape):
-    """Schema of split.json: image names of each split."""
-
-    hash: str
-    train: list[str]
-    validation: list[str]
-    test: list[str]
-
-
-class _Record(Shape):
-    """Schema of a line of metrics.jsonl."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-    __pydantic_extra__: dict[str, float]
-    epoch: float = Field(ge=0, allow_inf_nan=False)
-
-
-class _Origins(Shape):
-    """Schema of origins.json."""
-
-    file: str
-    keys: dict[str, str]
-
-
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write to a temporary file, sync it and rename it: readers see either the old file or the complete new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync ``folder`` to disk, so that a rename in it survives a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run directory. Reading does not import torch; a damaged or missing file raises a UserError that names it."""
-
-    path: Path
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
 
     @property
-    def id(self) -> str:
-        """Name of the folder, unique among the runs of a recipe."""
-        return self.path.name
+    def metrics(self) -> DataFrame:
+        """The metrics of each epoch: one row per epoch, indexed by ``epoch``.
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the weights and of everything needed to resume."""
-        return self.path / "checkpoints"
-
-    @property
-    def best_weights(self) -> Path:
-        """State dict of the best epoch's model."""
-        return self.checkpoints / "best.safetensors"
-
-    @property
-    def first_layer(self) -> Path:
-        """Weights of the first convolution before training, under their own name; absent if the model has none."""
-        return self.checkpoints / "first_layer.safetensors"
-
-    @property
-    def figures(self) -> Path:
-        """Folder of figures for print."""
-        return self.path / "figures"
-
-    @property
-    def report_file(self) -> Path:
-        """The report, a single HTML file."""
-        return self.path / "report.html"
-
-    @property
-    def log_file(self) -> Path:
-        """Console output of the run."""
-        return self.path / "log.txt"
-
-    @property
-    def metrics_file(self) -> Path:
-        """Metrics, one JSON object per line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def recipe(self) -> Recipe:
-        """The resolved recipe that the run was started with."""
-        return load_recipe(self.path / "recipe.toml")
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """Final metrics. Raises UserError if the run has not finished."""
-        path = self.path / "summary.json"
-        return check_shape(path, update_summary(read_json(path)), _Summary)
-
-    @property
-    def model_card(self) -> dict[str, Any]:
-        """Content of model.json, which is needed to rebuild a model: architecture, classes, preprocessing."""
-        return read_json(self.checkpoints / "model.json")
-
-    @property
-    def environment(self) -> dict[str, Any]:
-        """Versions, devices and command of the run."""
-        return read_json(self.path / "environment.json", _Environment)
-
-    @property
-    def processes(self) -> int:
-        """Number of processes that trained the run; 1 if not recorded."""
-        return int(self.environment.get("processes", 1))
-
-    @property
-    def split(self) -> dict[str, Any]:
-        """Image names of each split, and their hash."""
-        return read_json(self.path / "split.json", _Split)
-
-    def splits(self) -> Iterator[dict[str, Any]]:
-        """Yield split.json, then the splits from before the data changed.
-
-        Raises UserError if one is missing or damaged.
+        The columns are those of metrics.jsonl, such as ``lr``, ``train/loss`` and ``val/accuracy``. Needs pandas.
         """
-        yield self.split
-        for path in self._earlier_splits():
-            yield read_json(path, _Split)
-
-    def keep_split(self) -> None:
-        """Copy split.json to split-1.json, split-2.json, ...; call before overwriting it."""
-        path = self.path / "split.json"
-        if path.exists():
-            write_atomically(self.path / f"split-{len(self._earlier_splits()) + 1}.json", read_bytes(path))
-
-    def _earlier_splits(self) -> list[Path]:
-        return sorted(self.path.glob("split-*.json"))
+        return data_frame(self.epoch_records(), "epoch")
 
     @property
-    def file_facts(self) -> Path:
-        """Path of the file with size and modification time of each image file when training began."""
-        return self.checkpoints / "files.safetensors"
+    def steps(self) -> DataFrame:
+        """The metrics logged within epochs: one row per ``train.log_every`` optimizer steps, indexed by ``step``.
 
-    @property
-    def origins(self) -> dict[str, Any]:
-        """``file``: the recipe file; ``keys``: the origin of each dotted key, ``file:line``, --set or default.
-
-        Empty if the run did not record them.
+        The column ``epoch`` counts epochs with a fraction. Needs pandas.
         """
-        path = self.path / "origins.json"
-        return read_json(path, _Origins) if path.exists() else {}
+        return data_frame([record for record in self.metric_records() if "train/loss" not in record], "step")
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the run has finished, that is, whether summary.json exists."""
-        return (self.path / "summary.json").exists()
+    def predictions(self) -> DataFrame:
+        """The best model's predictions of the test images: one row per image, indexed by its name, ``path``.
 
-    @property
-    def has_test(self) -> bool:
-        """Whether the run has test images; also true if split.json cannot be read."""
-        try:
-            return self.split.get("test") != []
-        except UserError:
-            return True
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return all lines of metrics.jsonl, without an incomplete last line left by a killed run."""
-        records = []
-        for number, record in enumerate(self.metric_lines(), 1):
-            if isinstance(record, ValueError):
-                raise UserError(f"{self.metrics_file}:{number}: damaged line ({record})")
-            records.append(record)
-        return records
-
-    def metric_lines(self) -> Iterator[dict[str, Any] | ValueError]:
-        """Yield each line of metrics.jsonl, or the error found in it; nothing if the file does not exist."""
-        lines = read_json_lines(self.metrics_file, _Record) if os.path.lexists(self.metrics_file) else ()
-        return (update_metrics(line) if isinstance(line, dict) else line for line in lines)
-
-    def epochs(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl written at the end of an epoch."""
-        return [record for record in self.metrics() if "train/loss" in record]
-
-    def predictions(self) -> list[dict[str, str]]:
-        """Return the rows of predictions.csv, in the order of the data set.
-
-        The columns are :data:`PREDICTION_COLUMNS` or, for a multi-label run, :func:`label_columns`.
+        The columns are those of predictions.csv: ``label``, ``prediction`` and ``probability``, or of a multi-label
+        run ``labels``, ``predictions`` and the probability of each label. Needs pandas.
         """
-        path = self.path / "predictions.csv"
-        if not path.exists() and not self.has_test:
-            raise UserError(f"{self.path} has no test images, so it has no predictions.csv (data.split.test)")
-        columns: Sequence[str] = PREDICTION_COLUMNS
-        header = read_bytes(path).partition(b"\n")[0].decode(errors="replace")
-        if header.startswith(",".join(LABEL_COLUMNS)):
-            columns = next(csv.reader([header]))
-        rows = read_csv(path, columns)
-        numbers = columns[len(LABEL_COLUMNS) :]
-        for number, row in enumerate(rows, 1):
-            for column in numbers:
-                if not _is_fraction(row[column]):
-                    raise UnreadableFile(path, f"row {number} has the probability {row[column][:20]!r}")
-        return rows
-
-    def correct_predictions(self) -> dict[str, bool]:
-        """Return whether each test image was classified correctly, by its name: all labels, if it has several."""
-        rows = self.predictions()
-        truth, found = ("label", "prediction") if rows and "label" in rows[0] else ("labels", "predictions")
-        return {row["path"]: row[truth] == row[found] for row in rows}
-
-    def lock(self, log: Callable[[str], None] = lambda line: None) -> Lock:
-        """Acquire the run's write lock, held by one trainer at a time; see :mod:`toolkit.locks`.
-
-        Raises RunInUse if another trainer holds it, and UserError if the folder is not writable. A trainer that loses
-        the lock (its machine was suspended for so long that another one took over) exits at once, since two trainers
-        must never write to the same run.
-        """
-
-        def end() -> None:
-            print(f"{self.path}: another trainer may have taken over this run, so this one exits", file=sys.stderr)
-            os._exit(EXIT_FAILURE)
-
-        try:
-            return acquire(self.path / ".lock", on_loss=end, log=log)
-        except Timeout:
-            raise RunInUse(f"{self.path} is in use by another trainer, which is still running") from None
-        except OSError as error:
-            raise UserError(f"cannot write in {self.path}: {error.strerror}") from None
-
-    def write_json(self, name: str, value: object) -> None:
-        """Write a JSON file of the run. Bytes that are not UTF-8 (in a path or command) are written as JSON escapes."""
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.path / name, text.encode(errors="backslashreplace"))
-
-    def write_text(self, name: str, text: str) -> None:
-        """Write a text file of the run."""
-        write_atomically(self.path / name, text.encode())
-
-    def write_predictions(self, rows: Iterable[Sequence[object]], columns: Sequence[str] = PREDICTION_COLUMNS) -> None:
-        """Write predictions.csv; ``columns`` of a multi-label run: :func:`label_columns`."""
-        self.write_text("predictions.csv", csv_text(columns, rows))
-
-    def write_metrics(self, length: int, lines: bytes) -> int:
-        """Truncate metrics.jsonl to ``length`` bytes, append ``lines``, and return its new length."""
-        self.metrics_file.touch()
-        with open(self.metrics_file, "r+b") as file:
-            file.truncate(length)
-            file.seek(length)
-            file.write(lines)
-        return length + len(lines)
-
-    def sync_metrics(self) -> None:
-        """Sync metrics.jsonl to disk; call before a checkpoint records its length."""
-        if self.metrics_file.exists():
-            with open(self.metrics_file, "rb") as file:
-                os.fsync(file.fileno())
-
-    def remove_temporary_files(self) -> None:
-        """Delete incomplete files left by a killed trainer; call with the lock held."""
-        for path in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-            path.unlink(missing_ok=True)
-
-
-def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Format rows as CSV with a header."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def label_columns(classes: Sequence[str]) -> list[str]:
-    """Return the columns of a multi-label predictions.csv."""
-    return [*LABEL_COLUMNS, *(f"probability of {name}" for name in classes)]
-
-
-def _is_fraction(text: str) -> bool:
-    """Return whether a text is a number from 0 to 1."""
-    try:
-        return 0 <= float(text) <= 1
-    except ValueError:
-        return False
+        return data_frame(
+            [
+                {column: float(text) if column.startswith("probability") else text for column, text in row.items()}
+                for row in self.prediction_records()
+            ],
+            "path",
+        )
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:

@@ -15,8 +15,10 @@ from typing import Any
 
 from toolkit.errors import EXIT_OK, Interrupted, RunFailed, UserError, first_line
 from toolkit.reading import Shape, read_bytes, read_json
-from toolkit.runs import Run, RunInUse, write_atomically
+from toolkit.run_directory import RunInUse
+from toolkit.runs import Run
 from toolkit.trackers import define_axes, flatten, offline_reason, wandb_settings
+from toolkit.writing import write_atomically
 
 INIT_SECONDS = 60
 FINISH_SECONDS = 300
@@ -109,7 +111,7 @@ def _upload(run: Run, wandb_id: str) -> SyncResult:
     """Send the lines that the server lacks, and verify that they have arrived."""
     import wandb
 
-    lines, recipe = run.metrics(), run.recipe
+    lines, recipe = run.metric_records(), run.recipe
     if damaged := next((line for line in lines if not isinstance(line.get("step"), int)), None):
         raise UserError(f"{run.metrics_file} is damaged: a line has no step: {json.dumps(damaged)[:60]}")
     metrics = flatten(run.summary) if run.is_finished else {}

@@ -85,7 +85,7 @@ class Originals:
         for run in runs:
             shutil.move(run.path, folder / "originals" / run.id)
         paused, finished, *others = (Run(folder / "originals" / run.id) for run in runs)
-        losses = [record["val/loss"] for record in finished.epochs()]
+        losses = [record["val/loss"] for record in finished.epoch_records()]
         assert losses == sorted(losses, reverse=True), "each checkpoint must refer to different best weights"
         return cls(folder, paused, finished, *others)
 

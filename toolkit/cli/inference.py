@@ -219,7 +219,7 @@ def _predict(
 def _output(accelerator: Accelerator, predictions: Predictions, style: str, out: Path | None) -> None:
     """Write the predictions on the main process. Collective: a write error is raised on all ranks."""
     from toolkit.distributed.process import main_only
-    from toolkit.runs import write_atomically
+    from toolkit.writing import write_atomically
 
     def write() -> None:
         text = predictions.text(style)

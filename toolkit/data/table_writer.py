@@ -23,7 +23,7 @@ from toolkit.errors import UserError
 from toolkit.filenames import decode_name
 from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.recipe.toml_writer import toml_document
-from toolkit.runs import write_atomically
+from toolkit.writing import write_atomically
 
 SEPARATORS = (";", "|", ",", "\t", " / ")
 """Separators of several labels in a CSV or TSV file, in order of preference."""

@@ -222,7 +222,7 @@ def _compare(
 
 def _equal_rows(run: Run, task: Task, found: EvalResult, classes: list[str]) -> int:
     """Return the number of rows of predictions.csv whose prediction was reproduced."""
-    column, rows = task.prediction_columns(classes)[2], run.predictions()
+    column, rows = task.prediction_columns(classes)[2], run.prediction_records()
     if len(rows) != len(found.labels):
         raise UnreadableFile(run.path / "predictions.csv", f"{len(rows)} rows of {len(found.labels)} test images")
     now = task.prediction_rows(found, [row["path"] for row in rows], classes)

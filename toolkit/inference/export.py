@@ -102,7 +102,7 @@ def _load_last(path: Path, trained: TrainedModel) -> None:
     if not (path / "recipe.toml").is_file():
         raise UserError(f"--epoch last: {path} is not a run directory; an exported folder contains only one model")
     run = open_run(path)
-    epochs = run.epochs()
+    epochs = run.epoch_records()
     last = int(epochs[-1]["epoch"]) if epochs else 0
     if not load_last_model(run, trained.module, last):
         raise UserError(f"--epoch last: {run.checkpoints} has no intact checkpoint of epoch {last}, the last one")

@@ -26,7 +26,7 @@ from toolkit.data.image_sources import EncodedImages, UnreadableImageError
 from toolkit.data.sampling import hash64
 from toolkit.errors import UserError
 from toolkit.filenames import encode_name
-from toolkit.runs import LABEL_SEPARATOR
+from toolkit.run_directory import LABEL_SEPARATOR
 from toolkit.training.evaluation import to_device
 from toolkit.training.trained_model import TrainedModel
 

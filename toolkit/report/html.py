@@ -19,7 +19,7 @@ import toolkit
 from toolkit.errors import UserError
 from toolkit.metrics import Metric
 from toolkit.recipe.diagnostics import printable
-from toolkit.runs import write_atomically
+from toolkit.writing import write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
 

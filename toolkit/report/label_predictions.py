@@ -15,7 +15,8 @@ from toolkit.reading import UnreadableFile
 from toolkit.report.html import HtmlCell, HtmlRow, HtmlTable, integer, name, share
 from toolkit.report.plot_style import CYCLE, fitted, grid, labeled_axes, short
 from toolkit.report.prediction_metrics import Counts, Ints
-from toolkit.runs import LABEL_COLUMNS, LABEL_SEPARATOR, Run, label_columns
+from toolkit.run_directory import LABEL_COLUMNS, LABEL_SEPARATOR, label_columns
+from toolkit.runs import Run
 from toolkit.training.classification_metrics import RankingCurve, multi_label_class_metrics, ranking_curves
 
 MAX_PAIRS = 300
@@ -66,7 +67,7 @@ class LabelPredictions:
 
 def read_label_predictions(run: Run, classes: list[str]) -> LabelPredictions:
     """Read a multi-label predictions.csv. Raises UserError if it is damaged."""
-    file, rows, columns = run.path / "predictions.csv", run.predictions(), label_columns(classes)
+    file, rows, columns = run.path / "predictions.csv", run.prediction_records(), label_columns(classes)
     if not rows or list(rows[0]) != columns:
         raise UnreadableFile(file, f"it should have rows with the columns {','.join(columns)[:80]}, ...")
     index = {text: number for number, text in enumerate(classes)}

@@ -274,7 +274,7 @@ def _checked_card(run: Run) -> Record:
 
 def read_predictions(run: Run, classes: list[str]) -> RunPredictions:
     """Read predictions.csv. If ``classes`` is empty, it is taken from the file. Raises UserError if damaged."""
-    file, rows = run.path / "predictions.csv", run.predictions()
+    file, rows = run.path / "predictions.csv", run.prediction_records()
     if not rows:
         raise UnreadableFile(file, "it has no rows")
     classes = classes or sorted({row[column] for row in rows for column in ("label", "prediction")})

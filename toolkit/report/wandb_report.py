@@ -13,13 +13,14 @@ from toolkit.errors import RunFailed, UserError, first_line
 from toolkit.metrics import curves_of, metric_of
 from toolkit.reading import read_json
 from toolkit.report.plot_style import CYCLE
-from toolkit.runs import Run, write_atomically
+from toolkit.runs import Run
 from toolkit.study.export_tables import main_table
 from toolkit.study.results import RunResult, varied_keys
 from toolkit.study.study_results import StudyResults
 from toolkit.study.text_table import markdown
 from toolkit.trackers import offline_reason
 from toolkit.wandb_sync import wandb_run_id
+from toolkit.writing import write_atomically
 
 FILE = "wandb-report.json"
 """File in the study's folder that records the report, so that the next call updates it."""

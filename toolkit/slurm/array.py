@@ -23,7 +23,7 @@ from toolkit.data.sampling import check_batch_size
 from toolkit.errors import UserError
 from toolkit.reading import Shape, read_bytes, read_json
 from toolkit.recipe.study_schema import BohbSearchConfig
-from toolkit.runs import Run, write_atomically
+from toolkit.runs import Run
 from toolkit.slurm.job_status import QueueEntry, SlurmJob, queue, tasks_of
 from toolkit.slurm.sbatch import array_script, search_script, table_script
 from toolkit.slurm.settings import JobSettings, check_paths, resolve_settings
@@ -32,6 +32,7 @@ from toolkit.study.bohb import bracket_sizes
 from toolkit.study.directory import CONTROLLER, FILE, STUDY_COPY, StudyDirectory, is_claimed
 from toolkit.study.expand import ExpandedStudy, StudySpec
 from toolkit.study.init import init_study, study_lock
+from toolkit.writing import write_atomically
 
 
 def plan_study(study: StudySpec, expansion: ExpandedStudy) -> tuple[JobSettings, list[str]]:

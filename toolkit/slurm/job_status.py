@@ -250,7 +250,7 @@ def state_of(run: Run, jobs: dict[str, QueueEntry] | None) -> JobStatus:
     job, recipe = SlurmJob(run), run.recipe
     record, current = job.record, job.current
     entry = _entry(jobs or {}, record, current)
-    epochs = run.epochs()
+    epochs = run.epoch_records()
     starts = [start for start in job.starts if start.job == current]
     state, detail = _verdict(job, entry, jobs is not None)
     if state == "running":
@@ -323,7 +323,7 @@ def _progress(run: Run, starts: list[JobStart], entry: QueueEntry | None) -> str
     # environment.json is written when training begins, after all imports.
     environment = run.path / "environment.json"
     begun = max(starts[-1].time, environment.stat().st_mtime) if starts and environment.exists() else None
-    done, total = len(run.epochs()), run.recipe.train.epochs
+    done, total = len(run.epoch_records()), run.recipe.train.epochs
     if begun is not None and done and run.metrics_file.stat().st_mtime > begun:
         at_start = _epochs_at(run, len(starts))
         if done > at_start:

@@ -110,7 +110,7 @@ def check_gpus() -> None:
 def _note_epochs(run: Run) -> None:
     """Record the number of epochs completed before this start, used to estimate the remaining time."""
     job = SlurmJob(run)
-    run.write_text(f"slurm/epochs-{max(1, len(job.starts))}", f"{len(run.epochs())}\n")
+    run.write_text(f"slurm/epochs-{max(1, len(job.starts))}", f"{len(run.epoch_records())}\n")
 
 
 def train_run(run: str) -> None:

@@ -92,7 +92,7 @@ class SearchAssigner:
         run = self._run(member)
         try:
             has_failed = failure_of(run) is not None and not is_claimed(run)
-            values = [float(record[table.metric]) for record in run.epochs()]
+            values = [float(record[table.metric]) for record in run.epoch_records()]
             state = "failed" if has_failed else "ended" if run.is_finished else "open"
             return RestoredTrial(member.changes, target_epoch(run), values, state)  # type: ignore[arg-type]
         except UserError:

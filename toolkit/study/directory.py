@@ -29,7 +29,8 @@ from toolkit.locks import Lock, is_held, try_acquire
 from toolkit.reading import Shape, UnreadableFile, check_shape, read_json
 from toolkit.recipe.earlier_versions import update_study
 from toolkit.recipe.study_schema import StudyConfig
-from toolkit.runs import RUN_ID, Run, write_atomically
+from toolkit.runs import RUN_ID, Run
+from toolkit.writing import write_atomically
 
 RunState = Literal["missing", "paused", "running", "finished", "failed"]
 """missing: no run directory yet. paused: it has one, no worker is training it, and it has not finished."""
@@ -243,7 +244,7 @@ def set_target_epoch(run: Run, until: int | None) -> None:
 
 def epochs_done(run: Run) -> int:
     """Return the number of epochs in the run's log."""
-    records = run.epochs()
+    records = run.epoch_records()
     return int(records[-1]["epoch"]) if records else 0
 
 

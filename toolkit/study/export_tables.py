@@ -9,7 +9,6 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.metrics import METRICS
-from toolkit.runs import write_atomically
 from toolkit.study.agreement import Agreement, agreements, build_agreement_table
 from toolkit.study.claims import JudgedClaim, build_claims_table, claim_records
 from toolkit.study.compare import build_comparison_table, comparison_records
@@ -19,6 +18,7 @@ from toolkit.study.results_table import build_results_table, row_records
 from toolkit.study.study_results import StudyResults
 from toolkit.study.text_table import TextTable, csv_text, latex, markdown, text
 from toolkit.study.trial_table import build_trial_table, trial_records
+from toolkit.writing import write_atomically
 
 
 def main_table(found: StudyResults) -> TextTable:

@@ -20,10 +20,11 @@ from toolkit.recipe import Recipe, diff, recipe_hash, resolved_toml
 from toolkit.recipe.diagnostics import dotted
 from toolkit.recipe.resolve import resolved_content
 from toolkit.recipe.toml_writer import toml_document
-from toolkit.runs import Run, create_run, runs_of, write_atomically
+from toolkit.runs import Run, create_run, runs_of
 from toolkit.study.bohb import bracket_sizes
 from toolkit.study.directory import CONTROLLER, STUDY_COPY, WRITING, StudyDirectory, StudyRun, epochs_done
 from toolkit.study.expand import ExpandedStudy, PlannedRun, StudySpec
+from toolkit.writing import write_atomically
 
 
 @contextlib.contextmanager
@@ -122,7 +123,7 @@ class RunIndex:
 def _has_started(run: Run) -> bool:
     """Return whether the run has a finished epoch, or files that cannot be read."""
     try:
-        return run.is_finished or bool(run.epochs())
+        return run.is_finished or bool(run.epoch_records())
     except UserError:
         return True
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from toolkit.errors import UserError
-from toolkit.runs import Run, write_atomically
+from toolkit.runs import Run
 from toolkit.study.directory import FOLD, StudyDirectory, StudyRun
 from toolkit.study.text_table import csv_text
+from toolkit.writing import write_atomically
 
 
 def write_out_of_fold(folder: StudyDirectory, path: Path) -> int:
@@ -34,7 +35,7 @@ def _predictions(folder: StudyDirectory, members: Sequence[StudyRun]) -> Iterato
     runs = _runs(folder, members, where)
     fold_of: dict[str, int] = {}
     for fold, run in runs.items():
-        for row in run.predictions():
+        for row in run.prediction_records():
             known = fold_of.setdefault(row["path"], fold)
             if known != fold:
                 raise UserError(

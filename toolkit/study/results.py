@@ -68,7 +68,7 @@ def read_result(folder: StudyDirectory, member: StudyRun) -> RunResult:
         state = folder.state(member)
         if run is None or state == "missing":
             return RunResult(member, "missing")
-        epochs = run.epochs()
+        epochs = run.epoch_records()
         if state != "finished":
             failure = failure_of(run) if state == "failed" else None
             return RunResult(member, state, epochs=epochs, failure_reason=failure.line if failure else "")

@@ -37,7 +37,7 @@ from torch import Tensor
 from toolkit.errors import UserError, first_line
 from toolkit.models.pretrained import matches_stored_digest, pack_state
 from toolkit.reading import Shape, UnreadableFile, read_json, require_file
-from toolkit.runs import sync_folder, write_atomically
+from toolkit.writing import sync_folder, write_atomically
 
 STEM = re.compile(r"\.?(\d{4,})-(\d{6,})[-.]")
 """Pattern of the epochs and steps at the beginning of a checkpoint's file name; temporary files start with a dot."""

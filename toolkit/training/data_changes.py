@@ -27,7 +27,8 @@ from toolkit.data.sampling import IntArray
 from toolkit.data.splits import SPLITS, split_hash
 from toolkit.errors import UserError
 from toolkit.reading import require_file
-from toolkit.runs import Run, write_atomically
+from toolkit.runs import Run
+from toolkit.writing import write_atomically
 
 Splits = dict[str, IntArray]
 

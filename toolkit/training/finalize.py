@@ -15,11 +15,12 @@ from torch import nn
 
 from toolkit.distributed.process import StopTraining, broadcast_object
 from toolkit.errors import Interrupted, RunFailed
-from toolkit.runs import Run, csv_text
+from toolkit.runs import Run
 from toolkit.training.checkpoint import best_path, link_best
 from toolkit.training.task import EvalResult, Task
 from toolkit.training.trained_model import load_model
 from toolkit.training.trainer import Trainer
+from toolkit.writing import csv_text
 
 TOLERANCE = {"no": 1e-4, "bf16": 2e-2, "fp16": 1e-2}
 """Allowed relative difference between the logged loss and that of the saved weights, by precision.

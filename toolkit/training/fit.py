@@ -31,7 +31,7 @@ from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import Interrupted, RunFailed, UserError
 from toolkit.expectations import check_expectations
 from toolkit.recipe import Recipe, diff, resolved_toml
-from toolkit.runs import Run, create_run, open_run, runs_of, write_atomically
+from toolkit.runs import Run, create_run, open_run, runs_of
 from toolkit.trackers import Tracking, require_packages
 from toolkit.training.console import Console, summary_table
 from toolkit.training.context import TrainingContext, build_context, describe
@@ -41,6 +41,7 @@ from toolkit.training.finalize import finish, write_summary
 from toolkit.training.resume import Resumption, accept_changes, find_resumption
 from toolkit.training.trained_model import model_card
 from toolkit.training.trainer import Trainer
+from toolkit.writing import write_atomically
 
 
 def fit(

@@ -20,7 +20,7 @@ from torch import Tensor
 from toolkit.data.datasets import Dataset
 from toolkit.errors import UserError
 from toolkit.recipe.schema import Recipe, TaskConfig
-from toolkit.runs import LABEL_SEPARATOR, PREDICTION_COLUMNS, label_columns
+from toolkit.run_directory import LABEL_SEPARATOR, PREDICTION_COLUMNS, label_columns
 from toolkit.training.classification_metrics import (
     DEFAULT_THRESHOLD,
     ClassMetrics,

@@ -1,0 +1,26 @@
+"""Records as pandas data frames. pandas is optional and imported late."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from toolkit.errors import UserError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def data_frame(records: Sequence[Mapping[str, Any]], index: str) -> DataFrame:
+    """Return a data frame with one row per record, indexed by the column ``index``.
+
+    Its columns are the keys of all records in order of appearance; values that a record lacks are missing (NaN).
+    Raises UserError if pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise UserError(
+            "data frames need pandas, which is not installed: pip install 'image-classification-toolkit[pandas]'"
+        ) from None
+    return pandas.DataFrame(list(records), columns=None if records else [index]).set_index(index)
