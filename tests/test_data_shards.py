@@ -281,7 +281,7 @@ def test_a_tar_that_was_cut_short_is_refused(tmp_path: Path, size: int) -> None:
 
 
 def test_a_folder_without_shards_and_other_files_are_refused(tmp_path: Path) -> None:
-    assert error_of(tmp_path) == "ROOT contains neither index.safetensors nor files that end in .tar"
+    assert error_of(tmp_path) == "ROOT contains neither index.safetensors nor files that end in .tar or .parquet"
     assert "is not a folder" in error_of(tmp_path / "none")
     (tmp_path / "a.tar").write_bytes(b"no tar file" * 100)
     assert "ROOT/a.tar cannot be read as an uncompressed tar file" in error_of(tmp_path)

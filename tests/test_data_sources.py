@@ -161,6 +161,24 @@ def from_shards(images: Path, folder: Path) -> str:
     return shards_of(images, folder, str(folder / "shards"))
 
 
+def parquet_shards(rows: list[Row], images: Path, folder: Path) -> str:
+    """Write the images into several Parquet files, in the order of the rows."""
+    (folder / "rows").mkdir()
+    for number, start in enumerate(range(0, len(rows), 40)):
+        table = pa.table({
+            "picture": [(images / path).read_bytes() for path, _, _ in rows[start : start + 40]],
+            "label": [label for _, label, _ in rows[start : start + 40]],
+            "part": [split for _, _, split in rows[start : start + 40]],
+        })  # fmt: skip
+        parquet.write_table(table, folder / "rows" / f"{number:05d}.parquet", row_group_size=16)
+    columns = 'columns = { image = "picture", split = "part" }'
+    return f'dataset = "shards"\nroot = {json.dumps(str(folder / "rows"))}\n{columns}'
+
+
+def from_parquet_shards(images: Path, folder: Path) -> str:
+    return parquet_shards(rows_of(images), images, folder)
+
+
 def from_url(images: Path, folder: Path) -> str:
     return shards_of(images, folder, f"file://{folder}/shards")
 
@@ -176,6 +194,7 @@ SOURCES: dict[str, Callable[[Path, Path], str]] = {
     "json_lines": from_json_lines,
     "parquet": from_parquet,
     "shards": from_shards,
+    "parquet_shards": from_parquet_shards,
     "url": from_url,
     "torchvision": from_torchvision,
     "zip": from_zip,
@@ -219,7 +238,7 @@ def same(run: Run, expected: dict[str, Any]) -> None:
     assert found["metrics"] == expected["metrics"]
     assert found["weights"] == expected["weights"]
     prefix = b"(?m)^(food-101/images|low.tar|high)/"
-    if re.search(rb"(?m)^test/\d+,", found["predictions"]):  # numbers in place of file names
+    if re.search(rb"(?m)^(test|\d+\.parquet)/\d+,", found["predictions"]):  # numbers in place of file names
         prefix = b"(?m)^[^,]*,"
     predictions = [re.sub(prefix, b"", one["predictions"]).replace(b".jpg", b".png") for one in (found, expected)]
     assert predictions[0] == predictions[1]
@@ -255,7 +274,7 @@ def test_a_report_shows_the_images_of_a_table(images: Path, tmp_path: Path) -> N
 
 
 def test_photographs_give_the_same_run_from_every_source(caltech_subset: Path, tmp_path: Path) -> None:
-    """Compare Caltech-101 with its official lists, a CSV file, and the photographs in Parquet, Arrow and tar files."""
+    """Compare Caltech-101 with its official lists, a CSV file, and photographs in Parquet, Arrow and shards."""
     home = caltech_subset / "caltech101"
     photographs = home / "101_ObjectCategories"
     listed = [(path, split) for split in ("train", "test") for path in (home / f"{split}.txt").read_text().split()]
@@ -267,6 +286,7 @@ def test_photographs_give_the_same_run_from_every_source(caltech_subset: Path, t
         "parquet": parquet_table(rows, photographs, tmp_path),
         "hugging_face": saved_data_set(rows, photographs, tmp_path),
         "shards": f'dataset = "shards"\nroot = {json.dumps(str(tmp_path / "packed"))}',
+        "parquet_shards": parquet_shards(rows, photographs, tmp_path),
     }
     found: dict[str, dict[str, Any]] = {}
     for source, lines in data.items():

@@ -67,6 +67,21 @@ def test_text_formats_are_read(name: str, text: str, tmp_path: Path) -> None:
     assert [data.images.name(i) for i in range(3)] == PATHS
 
 
+def test_names_of_classes_that_the_library_datasets_writes_are_used(tmp_path: Path) -> None:
+    path, feature = tmp_path / "images.parquet", {"names": ["1", "0"], "_type": "ClassLabel"}
+    for column, kind in ((feature, [0, 1]), ({"feature": feature, "_type": "List"}, [[0], [1]])):
+        features = {"huggingface": json.dumps({"info": {"features": {"label": column}}})}
+        table = pa.table({"image": [png(1), png(2)], "label": kind}).replace_schema_metadata(features)
+        parquet.write_table(table, path)
+        assert opened(path).classes == ["1", "0"]
+        assert opened(path).labels.tolist() == ([0, 1] if column is feature else [[1, 0], [0, 1]])
+        assert opened(path, class_names=["a", "b"]).classes == ["a", "b"]
+    table = pa.table({"image": [png(1), png(2)], "label": [0, -1]}).replace_schema_metadata(features)
+    parquet.write_table(table, path)
+    message = "row 2: the label '-1' is not in the class names in the table, whose indices are 0 to 1"
+    assert message in error_of(path)
+
+
 @pytest.mark.parametrize("compression", ["snappy", "none"])
 def test_images_in_a_parquet_file_are_copied_once_and_read_one_by_one(compression: str, tmp_path: Path) -> None:
     path, contents = tmp_path / "images.parquet", [png(i) for i in range(200)]
@@ -96,7 +111,11 @@ def test_a_parquet_file_may_name_files_and_a_changed_one_is_copied_again(tmp_pat
     assert data.classes == ["1", "2"]
     assert int(data.images.load(1).max()) == 7
     parquet.write_table(pa.table({"image": [{"bytes": png(9), "path": "x"}] * 2, "label": [1, 2]}), path)
-    assert "row 2: x is also in row 1" in error_of(path)
+    assert [opened(path).images.name(i) for i in range(2)] == ["images.parquet/1", "images.parquet/2"]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    listed = pa.array([{"bytes": None, "path": "a.png"}] * 2, kind)
+    parquet.write_table(pa.table({"image": listed, "label": [1, 2]}), path)
+    assert "row 2: a.png is also in row 1" in error_of(path)
     parquet.write_table(pa.table({"image": [png(9), png(8)], "label": [1, 2]}), path)
     assert int(opened(path).images.load(1).max()) == 8
 

@@ -142,7 +142,7 @@ DATASETS = {
     ),
     "shards": DatasetInfo(
         title="the author's own images",
-        description="your own images in tar files, as toolkit pack and WebDataset write them",
+        description="your own images in tar or Parquet files, as toolkit pack, WebDataset and others write them",
         classes=None,
         images=None,
         size=None,

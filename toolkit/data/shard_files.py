@@ -1,4 +1,4 @@
-"""Reading bytes from shards: tar files in a folder, or downloaded from a URL to a folder of limited size.
+"""Reading bytes from shards: in a folder, or copied to a folder of limited size, from a URL or from Parquet files.
 
 fsspec's own caches (``filecache``, ``simplecache``) neither limit their size nor use locks between processes.
 """
@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from toolkit.data.shard_index import Shard
+from toolkit.data.table_files import read_encoded
 from toolkit.errors import UserError, first_line
 from toolkit.locks import held, is_held
 
 KEPT_OPEN = 256
 """Number of local shards that each process keeps open; others are opened again for every image."""
+
+KEPT = ("*.tar", "*.parquet", "*.images")
+"""Patterns of the copies in the folder: fetched shards, and the images of Parquet shards."""
 
 PAUSES_S = (1.0, 5.0)
 """Seconds to wait before the second and the third attempt to download a shard."""
@@ -84,7 +88,7 @@ class FetchedShards:
         if self._limit is not None:
             return self._limit
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = sum(state.st_size for _, state in _files(self.folder, "*.tar"))
+        kept = sum(state.st_size for _, state in _files(self.folder, *KEPT))
         return (shutil.disk_usage(self.folder).free + kept) // 2
 
     def path(self, number: int) -> Path:
@@ -156,13 +160,46 @@ class FetchedShards:
                 used += sizes.get(path.name, state.st_size)
             else:
                 path.unlink(missing_ok=True)  # left by a process that was killed
-        kept = sorted(_files(self.folder, "*.tar"), key=lambda item: item[1].st_mtime_ns)
+        kept = sorted(_files(self.folder, *KEPT), key=lambda item: item[1].st_mtime_ns)
         used += sum(state.st_size for _, state in kept)
         for path, state in kept:
             if used + size <= limit:
                 return
             path.unlink(missing_ok=True)
             used -= state.st_size
+
+
+class ParquetShards(FetchedShards):
+    """The images of Parquet shards, each shard's copied end to end into a file of its own when first needed.
+
+    Parquet compresses many images together, so that reading one from it means reading hundreds.
+    """
+
+    def __init__(
+        self, stored: LocalShards | FetchedShards, column: str, copies: Sequence[Shard], folder: Path, limit: int | None
+    ) -> None:
+        """``stored``: the Parquet files. ``copies``: size and checksum of the images of each, end to end."""
+        url = stored.url if isinstance(stored, FetchedShards) else str(stored.folder)
+        super().__init__(url, copies, folder, limit)
+        self.stored, self.column = stored, column
+
+    def path(self, number: int) -> Path:
+        """Return where the images of a shard are kept."""
+        return super().path(number).with_suffix(".images")
+
+    def _fetch(self, number: int, path: Path) -> None:
+        """Copy the images of a shard to ``path`` and compare them. Raises OSError with EIO."""
+        try:
+            with self.stored.open(number) as file, open(path, "wb") as copy:
+                for images in read_encoded(file, self.column, self.location(number)):
+                    copy.write(b"".join(image or b"" for image in images))
+        except UserError as error:
+            raise OSError(errno.EIO, str(error)) from None
+        finally:
+            if isinstance(self.stored, FetchedShards):  # its place is needed for the copy
+                self.stored.path(number).unlink(missing_ok=True)
+        if fault := _difference(path, self.shards[number]):
+            raise OSError(errno.EIO, fault)
 
 
 ShardFiles = LocalShards | FetchedShards
@@ -207,9 +244,9 @@ def _difference(path: Path, shard: Shard) -> str:
     return ""
 
 
-def _files(folder: Path, pattern: str) -> list[tuple[Path, os.stat_result]]:
+def _files(folder: Path, *patterns: str) -> list[tuple[Path, os.stat_result]]:
     found = []
-    for path in folder.glob(pattern):
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
         with contextlib.suppress(FileNotFoundError):  # removed in the meantime
             found.append((path, path.stat()))
     return found

@@ -25,11 +25,12 @@ from toolkit.errors import UserError
 INDEX_NAME = "index.safetensors"
 VERSION = 1
 
+_FACTS = ("classes", "native_size", "native_channels", "is_checked", "image_column")
 _TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F64": np.float64}
 
 
 class Shard(NamedTuple):
-    """One tar file."""
+    """One file: a tar file, or the images of a Parquet file, end to end."""
 
     name: str
     size: int
@@ -68,6 +69,8 @@ class ShardIndex:
     native_channels: int = 3
     is_checked: bool = False
     """Whether the images were checked when the index was written: all are readable and have 8 bits per sample."""
+    image_column: str | None = None
+    """Column that contains the images if the shards are Parquet files."""
 
     def write(self, path: Path) -> None:
         """Write the file atomically. Raises OSError."""
@@ -76,7 +79,7 @@ class ShardIndex:
         arrays |= {"labels": self.labels, "names": buffer, "name_ends": ends, "groups": self.groups}
         arrays |= {"weights": self.weights, **{f"list {name}": list_ for name, list_ in self.lists.items()}}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
-        facts = {name: getattr(self, name) for name in ("classes", "native_size", "native_channels", "is_checked")}
+        facts = {name: getattr(self, name) for name in _FACTS}
         facts |= {"version": VERSION, "shards": self.shards, "sha256": _digest(arrays)}
         partial = path.with_name(f".{path.name}-{os.getpid()}.tmp")
         partial.write_bytes(safetensors.numpy.save(arrays, metadata={"index": json.dumps(facts)}))

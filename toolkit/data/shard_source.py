@@ -1,10 +1,11 @@
-"""Data sets in shards: tar files in the WebDataset format, in a folder or at a URL."""
+"""Data sets in shards: tar files in the WebDataset format, or Parquet files, in a folder or at a URL."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,9 +16,9 @@ import numpy.typing as npt
 from toolkit.cache.store import cache_root, content_key, describe_folder
 from toolkit.data.datasets import Dataset, encoded_images
 from toolkit.data.image_sources import EncodedImages, check_images
-from toolkit.data.shard_files import FetchedShards, LocalShards, ShardFiles, open_url, url_errors
+from toolkit.data.shard_files import FetchedShards, LocalShards, ParquetShards, ShardFiles, open_url, url_errors
 from toolkit.data.shard_index import INDEX_NAME, Shard, ShardIndex
-from toolkit.data.shard_scan import scan
+from toolkit.data.shard_scan import scan, scan_parquet
 from toolkit.errors import UserError
 from toolkit.filenames import encode_name
 from toolkit.recipe.schema import DataConfig
@@ -69,7 +70,7 @@ class ShardImages:
 def open_shards(config: DataConfig) -> Dataset:
     """Open a data set in shards, with the index of `toolkit pack` if there is one. Raises UserError.
 
-    Without it, the headers of the shards are read once, and the index made from them is kept in the cache folder.
+    Without it, the shards are read once, and the index made from them is kept in the cache folder.
     """
     is_local = "://" not in config.root_folder
     try:
@@ -124,29 +125,30 @@ def _gib(size: float) -> str:
 def _open_local(config: DataConfig) -> ShardImages:
     root = Path(config.root_folder)
     if not root.is_dir():
-        raise UserError(f"data.root = {str(root)!r} is not a folder; dataset = 'shards' reads tar files from it")
+        raise UserError(
+            f"data.root = {str(root)!r} is not a folder; dataset = 'shards' reads tar or Parquet files from it"
+        )
     if (root / INDEX_NAME).exists():
         index = _packed(root / INDEX_NAME, config)
         return ShardImages(index, LocalShards(root, index.shards))
-    states = {entry.name: entry.stat() for entry in os.scandir(root) if entry.name.endswith(".tar")}
-    shards = [Shard(name, states[name].st_size) for name in sorted(states)]
-    files = LocalShards(root, shards)
+    states = {entry.name: entry.stat() for entry in os.scandir(root)}
+    shards = [Shard(name, states[name].st_size) for name in _shard_names(states)]
     versions = [str(states[shard.name].st_mtime_ns) for shard in shards]
-    return ShardImages(_scanned(config, files, versions, str(root.resolve())), files)
+    return _scanned(config, LocalShards(root, shards), versions, str(root.resolve()))
 
 
 def _open_url(config: DataConfig) -> ShardImages:
     url = config.root_folder.rstrip("/")
     folder = _cache_folder(url)
     folder.mkdir(parents=True, exist_ok=True)
-    limit = None if config.cache_limit is None else int(config.cache_limit * 2**30)
     note = ""
     try:
         with url_errors(url):
             filesystem, path = open_url(url)
             kept = _fetch_index(filesystem, f"{path}/{INDEX_NAME}", folder)
-            names = [] if kept else [str(entry["name"]) for entry in filesystem.ls(path, detail=True)]
-            states = {os.path.basename(name): filesystem.info(name) for name in names if name.endswith(".tar")}
+            paths = [] if kept else [str(entry["name"]) for entry in filesystem.ls(path, detail=True)]
+            by_name = {os.path.basename(path): path for path in paths}
+            states = {name: filesystem.info(by_name[name]) for name in _shard_names(by_name)}
     except UserError as error:  # without a network, an index and shards downloaded earlier can still be used
         kept = max(folder.glob("index-*"), key=lambda path: path.stat().st_mtime, default=None)
         if kept is None:
@@ -155,10 +157,21 @@ def _open_url(config: DataConfig) -> ShardImages:
     if kept is not None:
         index = _packed(kept, config)
         describe_folder(folder, {"kind": "shards", "data": url, "images": len(index.shard), "what": "from a URL"})
-        return ShardImages(index, FetchedShards(url, index.shards, folder, limit), note)
-    shards = [Shard(name, states[name]["size"]) for name in sorted(states)]
-    files = FetchedShards(url, shards, folder, limit)
-    return ShardImages(_scanned(config, files, [str(states[shard.name]) for shard in shards], url), files)
+        return ShardImages(index, FetchedShards(url, index.shards, folder, _limit(config)), note)
+    shards = [Shard(name, state["size"]) for name, state in states.items()]
+    return _scanned(
+        config, FetchedShards(url, shards, folder, _limit(config)), [str(state) for state in states.values()], url
+    )
+
+
+def _shard_names(names: Iterable[str]) -> list[str]:
+    """Return the tar files, sorted; if there are none, the Parquet files (beside tar files they are img2dataset's)."""
+    by_suffix = ([name for name in sorted(names) if name.endswith(suffix)] for suffix in (".tar", ".parquet"))
+    return next((found for found in by_suffix if found), [])
+
+
+def _limit(config: DataConfig) -> int | None:
+    return None if config.cache_limit is None else int(config.cache_limit * 2**30)
 
 
 def _fetch_index(filesystem: Any, path: str, folder: Path) -> Path | None:
@@ -190,13 +203,13 @@ def _packed(path: Path, config: DataConfig) -> ShardIndex:
     return ShardIndex.read(path)
 
 
-def _scanned(config: DataConfig, files: ShardFiles, versions: list[str], root: str) -> ShardIndex:
-    """Return the index of shards that have none: built once from their headers, and kept in the cache folder.
+def _scanned(config: DataConfig, files: LocalShards | FetchedShards, versions: list[str], root: str) -> ShardImages:
+    """Return shards that have no index: it is built once, by reading them, and kept in the cache folder.
 
     The images are checked at the same time, so that later runs do not have to download or read all shards first.
     """
     if not files.shards:
-        raise UserError(f"{config.root_folder} contains neither {INDEX_NAME} nor files that end in .tar")
+        raise UserError(f"{config.root_folder} contains neither {INDEX_NAME} nor files that end in .tar or .parquet")
     columns, names = config.columns.model_dump(), config.class_names
     if isinstance(names, str):
         with contextlib.suppress(OSError):  # the scan reports it
@@ -204,13 +217,20 @@ def _scanned(config: DataConfig, files: ShardFiles, versions: list[str], root: s
     facts = {"shards": files.shards, "versions": versions, "columns": columns, "names": names}
     folder = _cache_folder(root)
     kept = folder / f"scan-{content_key({**facts, 'separator': config.label_separator})}.safetensors"
+
+    def images(index: ShardIndex) -> ShardImages:
+        if index.image_column is None:
+            return ShardImages(index, files)
+        return ShardImages(index, ParquetShards(files, index.image_column, index.shards, folder, _limit(config)))
+
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        index = scan(config, files, versions)
-        checked = check_images(EncodedImages(ShardImages(index, files), 3), np.arange(len(index.shard)), decode=False)
+        is_parquet = files.shards[0].name.endswith(".parquet")
+        index = scan_parquet(config, files) if is_parquet else scan(config, files, versions)
+        checked = check_images(EncodedImages(images(index), 3), np.arange(len(index.shard)), decode=False)
         if not checked.bad and not checked.extents:  # otherwise each run checks them again
             index = ShardIndex(**{**vars(index), "is_checked": True})
         index.write(kept)
     index = ShardIndex.read(kept)
-    describe_folder(folder, {"kind": "shards", "data": root, "images": len(index.shard), "what": "index of tar files"})
-    return index
+    describe_folder(folder, {"kind": "shards", "data": root, "images": len(index.shard), "what": "without an index"})
+    return images(index)

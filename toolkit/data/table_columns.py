@@ -45,6 +45,8 @@ class Examples:
     """Path of each image; "" for an image in the table that has no path."""
     encoded: str | None
     """Column that contains the bytes of the images; None if the images are files."""
+    repeated: list[tuple[int, int]]
+    """Only with ``encoded``: pairs of rows with the same path, the later one and the first one."""
     classes: list[str]
     labels: npt.NDArray[Any]
     """Class indices, int64 [N]; multi-label: uint8 [N, classes], 1 for each label of an image, else 0."""
@@ -59,7 +61,7 @@ class Examples:
 class RowFaults:
     """Collects the invalid rows of a table and reports them in one error."""
 
-    def __init__(self, table: Path) -> None:
+    def __init__(self, table: Table) -> None:
         self.table, self.found = table, dict[int, str]()
 
     def add(self, row: int, fault: str) -> None:
@@ -70,10 +72,12 @@ class RowFaults:
         """Raise UserError if any row is invalid, listing the first ten and the total number."""
         if not self.found:
             return
-        shown = "; ".join(f"row {row}: {fault}" for row, fault in sorted(self.found.items())[:SHOWN])
+        where = self.table.describe_row
+        shown = "; ".join(f"{where(row)}: {fault}" for row, fault in sorted(self.found.items())[:SHOWN])
         more = f"; and {len(self.found) - SHOWN} more" if len(self.found) > SHOWN else ""
         raise UserError(
-            f"{plural(len(self.found), 'row')} of {self.table} cannot be used: {shown}{more}. Correct or remove them"
+            f"{plural(len(self.found), 'row')} of {self.table.path} cannot be used: {shown}{more}. "
+            "Correct or remove them"
         )
 
 
@@ -189,7 +193,7 @@ def read_examples(table: Table, config: DataConfig) -> Examples:
     """Read all rows of a table. Raises UserError for missing columns, and one for all invalid rows together."""
     names = choose_columns(table, config.columns)
     encoded = names["image"] in table.encoded
-    paths, rows, faults = _Paths(encoded, config.root_folder), array("q"), RowFaults(table.path)
+    paths, rows, faults = _Paths(encoded, config.root_folder), array("q"), RowFaults(table)
     many = isinstance(config.columns.label, list)
     labels = _Labels(config.label_separator)
     indicators = [_Indicator(name) for name in config.columns.label] if many else []
@@ -212,19 +216,23 @@ def read_examples(table: Table, config: DataConfig) -> Examples:
     faults.check()
     if not rows:
         raise UserError(f"{table.path} has no rows below the column names")
-    for i, first in paths.repeated():
-        faults.add(rows[i], f"{paths.strings[i]} is also in row {rows[first]}")
+    repeated = list(paths.repeated())
+    for i, first in () if encoded else repeated:
+        faults.add(rows[i], f"{paths.strings[i]} is also in {table.describe_row(rows[first])}")
     row_numbers = np.frombuffer(rows, dtype=np.int64)
     if indicators:
         classes = list(config.columns.label)
         array_of_labels: npt.NDArray[Any] = np.stack([np.frombuffer(c.values, np.uint8) for c in indicators], axis=1)
     else:
-        classes, array_of_labels = _labels(labels, read_class_names(config.class_names), row_numbers, faults)
+        stated = None if many else table.class_names.get(names["label"])
+        class_names = read_class_names(config.class_names)
+        classes, array_of_labels = _labels(labels, class_names, stated, row_numbers, faults)
     faults.check()
     return Examples(
         rows=row_numbers,
         paths=paths.strings,
         encoded=names["image"] if encoded else None,
+        repeated=repeated,
         classes=classes,
         labels=array_of_labels,
         lists=_lists(splits) if "split" in names else {"train": np.arange(len(rows))},
@@ -271,22 +279,35 @@ def read_class_names(setting: str | list[str] | None) -> list[str] | None:
 
 
 def _labels(
-    labels: _Labels, names: list[str] | None, rows: npt.NDArray[np.int64], faults: RowFaults
+    labels: _Labels,
+    names: list[str] | None,
+    stated: list[str] | None,
+    rows: npt.NDArray[np.int64],
+    faults: RowFaults,
 ) -> tuple[list[str], npt.NDArray[Any]]:
-    """Return the classes, and the labels as in :class:`Examples`; adds rows with unknown labels to ``faults``."""
-    found = list(labels.codes)
-    if names is None:
+    """Return the classes, and the labels as in :class:`Examples`; adds rows with unknown labels to ``faults``.
+
+    ``names``: data.class_names. ``stated``: class names in the table itself, whose labels are then indices into them;
+    used if ``names`` is None.
+    """
+    found, are_indices, source = list(labels.codes), False, "data.class_names"
+    if names is None and stated is None:
         are_numbers = all(map(_INTEGER.fullmatch, found))
         names = sorted(found, key=(lambda text: (int(text), text)) if are_numbers else None)
-    numbers = {name: i for i, name in enumerate(names)}
-    if not any(map(_INTEGER.fullmatch, names)):  # if no name is an integer, integers are class indices
-        numbers |= {str(i): i for i in range(len(names))}
+        numbers = {name: i for i, name in enumerate(names)}
+    else:
+        source = source if names else "the class names in the table"
+        are_indices = not names or not any(map(_INTEGER.fullmatch, names))  # names that are integers are not indices
+        names = names or stated or []
+        numbers = {name: i for i, name in enumerate(names)}
+        numbers |= {str(i): i for i in range(len(names))} if are_indices else {}
     index = np.array([numbers.get(text, -1) for text in found], dtype=np.int64)
     codes, ends = np.frombuffer(labels.values, dtype=np.int64), np.frombuffer(labels.ends, dtype=np.int64)
     values = index[codes]
     for place in np.flatnonzero(values < 0):
-        row = rows[np.searchsorted(ends, place, side="right")]
-        faults.add(int(row), f"the label {found[codes[place]]!r} is not in data.class_names")
+        row, text = rows[np.searchsorted(ends, place, side="right")], found[codes[place]]
+        hint = f", whose indices are 0 to {len(names) - 1}" if are_indices and _INTEGER.fullmatch(text) else ""
+        faults.add(int(row), f"the label {text!r} is not in {source}{hint}")
     if not labels.is_multi:
         return names, values
     matrix = np.zeros((len(rows), len(names)), dtype=np.uint8)

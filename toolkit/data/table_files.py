@@ -10,12 +10,12 @@ import codecs
 import contextlib
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.formatting import plural
 
 FORMATS = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".ndjson": "JSON lines", ".parquet": "Parquet"}
@@ -42,6 +42,10 @@ class Table:
     """Function that takes column names and yields, for each row, its number and its values in these columns."""
     encoded: frozenset[str] = frozenset()
     """Columns of images, as bytes or as {bytes, path}; for these :attr:`read` yields the path or None, no bytes."""
+    class_names: Mapping[str, list[str]] = field(default_factory=dict)
+    """Names of the classes in columns of class indices, as the library `datasets` writes them, by column."""
+    describe_row: Callable[[int], str] = "row {}".format
+    """Function that takes a row number and returns how messages call this row."""
 
 
 def open_table_file(path: Path) -> Table:
@@ -49,7 +53,7 @@ def open_table_file(path: Path) -> Table:
 
     Raises UserError if it cannot be read, has no columns, or has two columns with the same name.
     """
-    readers = {"CSV": _open_csv, "TSV": _open_csv, "JSON lines": _open_json_lines, "Parquet": _open_parquet}
+    readers = {"CSV": _open_csv, "TSV": _open_csv, "JSON lines": _open_json_lines, "Parquet": open_parquet}
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
         raise UserError(f"data.table = {str(path)!r}: the format is unknown; the name must end in {', '.join(FORMATS)}")
@@ -136,7 +140,7 @@ def _open_json_lines(path: Path) -> Table:
     return Table(path, list(first), read)
 
 
-def require_pyarrow(path: Path) -> tuple[Any, Any]:
+def require_pyarrow(path: Path | str) -> tuple[Any, Any]:
     """Return the modules pyarrow and pyarrow.parquet. Raises UserError if pyarrow is not installed."""
     try:
         import pyarrow
@@ -148,9 +152,10 @@ def require_pyarrow(path: Path) -> tuple[Any, Any]:
     return pyarrow, parquet
 
 
-def _open_parquet(path: Path) -> Table:
-    """Open a Parquet file with pyarrow."""
+def open_parquet(path: Path | str, file: BinaryIO | None = None) -> Table:
+    """Open a Parquet file with pyarrow: ``file``, or the one at ``path``, which names it in messages."""
     pa, parquet = require_pyarrow(path)
+    source = path if file is None else file
 
     def is_encoded(kind: Any) -> bool:
         if pa.types.is_struct(kind):
@@ -158,7 +163,7 @@ def _open_parquet(path: Path) -> Table:
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
     with _parquet_errors(path):
-        schema = parquet.read_schema(path)
+        schema = parquet.read_schema(source)
     encoded = frozenset(field.name for field in schema if is_encoded(field.type))
     with_path = {n for n in encoded if pa.types.is_struct(schema.field(n).type) and "path" in _fields(schema.field(n))}
 
@@ -170,25 +175,38 @@ def _open_parquet(path: Path) -> Table:
     def read(wanted: Sequence[str]) -> Iterator[tuple[int, RowValues]]:
         stored = [f"{name}.path" if name in with_path else name for name in wanted if name not in encoded - with_path]
         number = 0
-        with _parquet_errors(path), parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(BATCH, columns=stored):
+        with _parquet_errors(path), parquet.ParquetFile(source) as opened:
+            for batch in opened.iter_batches(BATCH, columns=stored):
                 for row in zip(*(values(batch, name) for name in wanted), strict=True):
                     number += 1
                     yield number, row
 
-    return Table(path, list(schema.names), read, encoded)
+    return Table(Path(path), list(schema.names), read, encoded, _class_names(schema.metadata or {}))
 
 
-def read_encoded(path: Path, column: str) -> Iterator[list[bytes | None]]:
-    """Yield the images in a column of :attr:`Table.encoded` as lists, one per batch of rows. Raises UserError."""
+def read_encoded(source: Path | BinaryIO, column: str, name: str = "") -> Iterator[list[bytes | None]]:
+    """Yield the images in a column of :attr:`Table.encoded` as lists, one per batch of rows. Raises UserError.
+
+    ``name``: of the file, for messages; needed if ``source`` is not a path.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
-    is_struct = pa.types.is_struct(parquet.read_schema(path).field(column).type)
-    with _parquet_errors(path), parquet.ParquetFile(path) as file:
+    with _parquet_errors(name or source), parquet.ParquetFile(source) as file:
+        is_struct = pa.types.is_struct(file.schema_arrow.field(column).type)
         for batch in file.iter_batches(64, columns=[f"{column}.bytes" if is_struct else column]):
             values = batch.column(column)
             yield (values.field("bytes") if is_struct else values).to_pylist()
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Return the class names in the metadata that the library `datasets` writes, by column."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        inner = {column: feature.get("feature", feature) for column, feature in features.items()}
+        return {column: feature["names"] for column, feature in inner.items() if feature.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):  # none, or of another form
+        return {}
 
 
 def _fields(field: Any) -> set[str]:
@@ -196,11 +214,11 @@ def _fields(field: Any) -> set[str]:
 
 
 @contextlib.contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
+def _parquet_errors(name: object) -> Iterator[None]:
     """Convert pyarrow's exceptions to UserError."""
     import pyarrow as pa
 
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file, or is damaged: {error}") from error
+        raise UserError(f"{name} is not a Parquet file, or is damaged or truncated: {first_line(error)}") from error

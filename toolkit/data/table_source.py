@@ -86,14 +86,17 @@ def _embedded_images(table: Table, examples: Examples) -> EncodedSource | None:
         return None
     entry = _copied_images(table, examples.encoded)
     sizes = entry.tables["sizes"]
+    faults = RowFaults(table)
     if (sizes < 0).all():
+        for other, first in examples.repeated:
+            faults.add(int(examples.rows[other]), f"{examples.paths[other]} is also in row {examples.rows[first]}")
+        faults.check()
         return None
-    faults = RowFaults(table.path)
     for i in np.flatnonzero(sizes < 0):
         faults.add(int(examples.rows[i]), f"no image in column {examples.encoded!r}")
     faults.check()
     paths = examples.paths
-    if not all(paths[i] for i in range(len(paths))):
+    if examples.repeated or not all(paths[i] for i in range(len(paths))):  # `datasets` keeps only names of files
         paths = PackedStrings(f"{table.path.name}/{row}" for row in examples.rows)
     return PackedImages(entry.data(), np.cumsum(sizes), paths, entry.tables["digests"], location=str(table.path))
 

@@ -142,9 +142,6 @@ def data(recipe: Recipe) -> Iterator[Issue]:
             yield warning(f"data.{key}", no_effect, "data.dataset", at="key")
     if table.dataset == "table":
         yield from _table(table)
-    if table.cache_limit is not None and table.dataset == "shards" and "://" not in table.root_folder:
-        text = "has no effect with shards in a folder; it is for shards that are fetched from a URL"
-        yield warning("data.cache_limit", text, "data.root", at="key")
 
 
 def _table(table: DataConfig) -> Iterator[Issue]:

@@ -134,8 +134,8 @@ class DataConfig(ConfigModel):
         "data",
         description="Data folder; `digits` does not need one. imagefolder: also a zip file, a tar file without "
         "compression, or a list of folders and such files, whose images are joined. table: the paths of images are "
-        "relative to it; default: the table's own folder. shards: a folder or a URL (s3://, gs://, hf://, "
-        "https://, ...).",
+        "relative to it; default: the table's own folder. shards: a folder of tar or Parquet files, or a "
+        "URL (s3://, gs://, hf://, https://, ...).",
     )
     table: str | None = Field(
         None,
@@ -145,12 +145,14 @@ class DataConfig(ConfigModel):
     )
     columns: ColumnsConfig = Field(
         ColumnsConfig(),
-        description="table: which columns are read. shards without an index: which keys of their JSON files are.",
+        description="table, Parquet shards: which columns are read. Tar shards without an index: which keys of their "
+        "JSON files are.",
     )
     class_names: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=2)] | None = Field(
         None,
         description="table, shards without an index: names of the classes in their order, as a list or a text file "
-        "with one per line; labels are these names, or their indices from 0. Default: the labels that occur, sorted.",
+        "with one per line; labels are these names, or their indices from 0. Default: the names that a Parquet file "
+        "of the library `datasets` states, else the labels that occur, sorted.",
     )
     label_separator: str | None = Field(
         None,
@@ -171,8 +173,8 @@ class DataConfig(ConfigModel):
     cache_limit: float | None = Field(
         None,
         gt=0,
-        description="shards at a URL: most space in the cache folder for those of this data set. Default: half of the "
-        "free disk.",
+        description="shards at a URL, Parquet shards: most space in the cache folder for those of this data set. "
+        "Default: half of the free disk.",
         json_schema_extra={"unit": "GiB"},
     )
     download: bool = Field(True, description="Download the data if it is missing and a download is available.")
