@@ -33,6 +33,12 @@ ELSEWHERE = {
         "test_wandb_report.py::test_a_report_has_table_curves_comparison_and_notes_of_the_studys_runs"
     ),
     r"toolkit report RUN --filters 3,17": "test_report.py::test_first_layer_filters_are_drawn_by_their_number",
+    r"toolkit recipes (show|copy) .*": (
+        "test_ready_recipes.py::test_copy_takes_along_what_a_recipe_needs_and_says_what_to_do_next"
+    ),
+    r"toolkit train quickstart": (
+        "test_ready_recipes.py::test_commands_take_the_name_of_a_ready_recipe_where_no_file_has_it"
+    ),
     r"toolkit bench .*": "test_bench.py::test_metrics_of_the_quickstart_are_consistent",
     r"toolkit bench .*--compare\]?": "test_bench.py::test_comparing_with_the_plain_loop_needs_no_source_checkout",
     r"toolkit --(install|show)-completion": "test_cli.py::test_the_completion_script_and_completion_work",
@@ -196,7 +202,7 @@ PLACEHOLDERS = {
     r"\bscans\b": "flowers/test",
     r"\bPATTERN\b": "a",
     r"\bCOMMAND\b": "train",
-    r"\blist\|clean\b": "list",
+    r"\blist\|(clean|show\|copy)\b": "list",
     r"\.\.\.|[\[\]](?![^']*')": "",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +25,18 @@ def chosen_run(text: str) -> Path:
     return path
 
 
+def chosen_recipe(text: str) -> str:
+    """Return the file of a ready recipe if ``text`` is its name and no path, and print it to stderr; else ``text``."""
+    from toolkit.ready_recipes import RECIPES, find_recipe
+
+    if text.endswith(".toml") or os.path.lexists(text) or (name := find_recipe(text)) is None:
+        return text
+    path = str(RECIPES / f"{name}.toml")
+    if is_first_process():
+        print(f"recipe {path}", file=sys.stderr)
+    return path
+
+
 def load_recipe(path: str, overrides: list[str] | None) -> LoadedRecipe:
     """Load a recipe with the values of ``--set``; print its warnings."""
     from toolkit.recipe import load  # imports pydantic, which would slow down `toolkit --help`
@@ -40,7 +53,8 @@ Overrides = Annotated[
     typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key; the value is TOML, so strings need quotes."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="TOML file.")]
+RECIPE_HELP = "TOML file, or the name of a ready recipe (toolkit recipes)."
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", parser=chosen_recipe, help=RECIPE_HELP)]
 RunPath = Annotated[
     Path,
     typer.Argument(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, Overrides, RecipePath, chosen_run, load_recipe
+from toolkit.cli.options import AsJson, Overrides, RecipePath, chosen_recipe, chosen_run, load_recipe
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_OK
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @command
 def validate(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE", help="TOML files.")],
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE", parser=chosen_recipe, help="TOML files, or names of ready recipes.")
+    ],
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, Overrides
+from toolkit.cli.options import AsJson, Overrides, chosen_recipe
 from toolkit.distributed.launcher import is_distributed
 from toolkit.errors import EXIT_OK, UserError
 from toolkit.terminal import outliving_terminal
@@ -17,7 +17,14 @@ from toolkit.terminal import outliving_terminal
 if TYPE_CHECKING:
     from toolkit.study.expand import ExpandedStudy, StudySpec
 
-StudyPath = Annotated[str, typer.Argument(metavar="STUDY", help="TOML file with a [study] table.")]
+StudyPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY",
+        parser=chosen_recipe,
+        help="TOML file with a [study] table, or the name of a ready study (toolkit recipes).",
+    ),
+]
 
 
 @outliving_terminal()

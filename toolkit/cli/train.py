@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, Overrides, chosen_run, load_recipe
+from toolkit.cli.options import RECIPE_HELP, AsJson, Overrides, chosen_recipe, chosen_run, load_recipe
 from toolkit.distributed.launcher import check_launch, read_process_info
 from toolkit.error_handling import is_first_process
 from toolkit.errors import UserError, first_line
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 @command
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="TOML file; not needed with --resume RUN.")
+        str | None,
+        typer.Argument(metavar="RECIPE", parser=chosen_recipe, help=f"{RECIPE_HELP} Not needed with --resume RUN."),
     ] = None,
     set_: Overrides = None,
     resume: Annotated[
@@ -109,7 +110,7 @@ def _recipe_path(recipe: str | None, resume: str | None) -> str:
     if recipe is not None:
         return recipe
     if resume in (None, "auto"):
-        raise UserError("no recipe given: name the TOML file to train, e.g. toolkit train recipes/quickstart.toml")
+        raise UserError("no recipe given: name the TOML file to train, or a ready recipe: toolkit train quickstart")
     return os.path.join(resume, "recipe.toml")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import tomli
 
+from toolkit.ready_recipes import missing_recipe_hint
 from toolkit.recipe.diagnostics import Diagnostic, Location, RecipeError, dotted
 from toolkit.recipe.earlier_versions import update_recipe
 from toolkit.recipe.resolve import is_resolved
@@ -215,7 +216,9 @@ def _read(name: str, extends_location: Location | None, chain: list[str]) -> str
 
 
 def _missing_file_hint(name: str) -> str | None:
-    """Return a hint: a recipe with a similar name in the same folder, or that the folder does not exist."""
+    """Return a hint: a recipe of the package, a similar name in the same folder, or that the folder does not exist."""
+    if ready := missing_recipe_hint(name):
+        return ready
     folder = os.path.dirname(name) or "."
     try:
         with os.scandir(folder) as entries:
