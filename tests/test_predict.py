@@ -147,7 +147,8 @@ def test_bad_files_are_named_skipped_and_counted(run: Run, tmp_path: Path) -> No
 
 
 def predict_with_gaps(path: str, images: list[str]) -> Predictions:
-    return predict(load_model(path), images, torch.device("cpu"), top_k=1, batch_size=2, workers=0)
+    trained = load_model(path)
+    return predict(trained, trained.files(images), torch.device("cpu"), top_k=1, batch_size=2, workers=0)
 
 
 def test_all_processes_receive_the_list_of_all_bad_files(run: Run) -> None:

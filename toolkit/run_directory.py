@@ -188,6 +188,11 @@ class RunDirectory:
         return int(self.environment.get("processes", 1))
 
     @property
+    def images_per_process(self) -> int:
+        """Number of images that each process of the run evaluated at once."""
+        return max(1, self.recipe.train.images_per_evaluation // self.processes)
+
+    @property
     def split(self) -> dict[str, Any]:
         """Image names of each split, and their hash."""
         return read_json(self.path / "split.json", _Split)

@@ -7,6 +7,9 @@ import os
 import re
 import secrets
 import time
+import warnings
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,9 @@ from toolkit.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+    from toolkit.inference.predict_images import ImageInput, Prediction
+    from toolkit.training.trained_model import TrainedModel
 
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 
@@ -28,6 +34,11 @@ class Run(RunDirectory):
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, in the order of the model's outputs."""
+        return list(self.model_card["classes"])
 
     @property
     def metrics(self) -> DataFrame:
@@ -60,16 +71,113 @@ class Run(RunDirectory):
             "path",
         )
 
+    @cached_property
+    def model(self) -> TrainedModel:
+        """The best model, loaded at the first access; with a warning if the run has not finished, its best so far."""
+        from toolkit.training.trained_model import load_model
+
+        trained = load_model(self.path)
+        if trained.caution:
+            warnings.warn(trained.caution, stacklevel=2)
+        return trained
+
+    def predict(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        top_k: int | None = None,
+        batch_size: int | None = None,
+        workers: int | None = None,
+    ) -> list[Prediction]:
+        """Predict images with the best model: one prediction per image, in order, as `toolkit predict` computes them.
+
+        ``images``: one, or any iterable, of paths of images or folders (all images below them, sorted), Pillow images
+        and arrays, uint8 [h, w, C] or [h, w]; also an array uint8 [n, h, w, C]. Images are preprocessed as the run's
+        test images. ``top_k``: number of classes in ``top`` of each prediction; None: one, or of a multi-label model
+        all labels whose probability is at least their threshold. ``batch_size`` (None: the run's own) and ``workers``
+        (data loader workers; None: the available CPUs minus one) change the speed, and probabilities only by rounding.
+
+        Images that cannot be read give a warning and a prediction with an ``error``. Raises UserError if none can be
+        read. Under a launcher, all processes call it with the same images, and each gets all predictions.
+        """
+        from toolkit.inference.predict_images import predict_images
+
+        return predict_images(self, images, top_k=top_k, batch_size=batch_size, workers=workers)
+
+    def evaluate(
+        self,
+        split: str | None = None,
+        *,
+        data: str | os.PathLike[str] | None = None,
+        name: str | None = None,
+        ignore_unknown_classes: bool = False,
+        data_root: str | os.PathLike[str] | None = None,
+    ) -> dict[str, float]:
+        """Evaluate the best model on the run's test images or another ``split``, or on other data.
+
+        Returns each metric by its name, such as ``accuracy`` (a fraction). On the run's own images, a warning says if
+        one differs from the recorded value; ``data_root`` is their folder if it is no longer the recipe's. ``data``: a
+        recipe, a folder with one folder per class, or a table of paths and labels, as for `toolkit evaluate --data`;
+        metrics and predictions are then written to ``evaluations/<name>`` in the run directory, by default named after
+        the data, and images of classes that the model does not have are an error unless ``ignore_unknown_classes``.
+
+        Raises UserError. Under a launcher, all processes call it.
+        """
+        if data is None and (name is not None or ignore_unknown_classes):
+            raise UserError("name and ignore_unknown_classes are for another data set: give it with data")
+        if data is not None and data_root is not None:
+            raise UserError("data_root is where the run's own images are; with data, only the other data set is read")
+        from toolkit.distributed.context import distributed_context
+        from toolkit.inference.evaluate import check_split, evaluate_run
+        from toolkit.inference.evaluate_data import evaluate_data
+
+        check_split(split or "test")
+        with distributed_context(self.recipe.train) as accelerator:
+            if data is None:
+                root = None if data_root is None else Path(data_root)
+                report = evaluate_run(self, split or "test", accelerator, root, last=False)
+                metrics, notes = report.best, [*report.notes, *([report.conclusion] if report.differs else [])]
+            else:
+                found = evaluate_data(
+                    self,
+                    os.fspath(data),
+                    accelerator,
+                    split=split,
+                    name=name,
+                    ignore_unknown_classes=ignore_unknown_classes,
+                )
+                metrics, notes = found.evaluation.metrics, found.notes
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        return metrics
+
+    def report(self, output: str | os.PathLike[str] | None = None) -> Path:
+        """Write the figures and the report, one HTML file, and return its path; a warning lists what is missing.
+
+        ``output``: the file; None: report.html in the run directory. Raises UserError if no epoch has finished.
+        """
+        from toolkit.report.run_report import write_report
+
+        written = write_report(self, None if output is None else Path(output), log=warnings.warn)
+        if written.missing:
+            warnings.warn("not shown: " + "; ".join(written.missing), stacklevel=2)
+        assert written.report is not None
+        return written.report
+
 
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open the run directory at ``path``. Raises UserError if it is not one."""
-    folder = Path(path)
+    """Open a run: a run directory, a recipe's folder for its newest run, or "latest", as for all commands.
+
+    Raises UserError if there is none.
+    """
+    folder = newest_run(path)
     try:
         is_run = (folder / "recipe.toml").is_file()
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
     if not is_run:
-        raise UserError(f"{folder} is not a run directory: it has no recipe.toml")
+        hint = "; it is a study's folder (toolkit.open_study)" if (folder / "study.json").is_file() else ""
+        raise UserError(f"{folder} is not a run directory: it has no recipe.toml{hint}")
     return Run(folder)
 
 

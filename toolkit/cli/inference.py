@@ -182,8 +182,7 @@ def _settings(path: Path) -> tuple[TrainConfig, int]:
     if not ((path / "recipe.toml").is_file() and (path / "checkpoints").is_dir()):
         return TrainConfig(epochs=1, batch_size=64, precision="no", channels_last=False), 64
     run = Run(path)
-    train = run.recipe.train
-    return train, max(1, train.images_per_evaluation // run.processes)
+    return run.recipe.train, run.images_per_process
 
 
 def _predict(
@@ -195,9 +194,7 @@ def _predict(
     batch_size: int,
     workers: int | None,
 ) -> Predictions:
-    from toolkit.data.dataloader import MAX_WORKERS
-    from toolkit.distributed.cpu_count import available_cpus
-    from toolkit.distributed.process import autocast_dtype, local_processes, main_only
+    from toolkit.distributed.process import autocast_dtype, main_only
     from toolkit.inference.predict import collect, predict
     from toolkit.training.console import Console
 
@@ -205,11 +202,11 @@ def _predict(
     with Console(is_main=accelerator.is_main_process).bar("images", len(paths)) as bar:
         return predict(
             trained,
-            paths,
+            trained.files(paths),
             accelerator.device,
             top_k=top_k,
             batch_size=batch_size,
-            workers=min(available_cpus(local_processes()) - 1, MAX_WORKERS) if workers is None else workers,
+            workers=workers,
             autocast_dtype=autocast_dtype(accelerator.mixed_precision),
             channels_last=train.channels_last,
             advance=lambda images: bar.advance(images * accelerator.num_processes),

@@ -231,11 +231,18 @@ class EncodedImages:
         if image is None:
             return with_channels(values_to_bytes(self._values(data), self.value_range), self.channels)
         with image:
-            kind, value_range = sample_kind(image), FULL if states_maximum(image) else self.value_range
-            upright = load_oriented(image, apply=self.exif == "apply")
-            if kind is not None:
-                upright = to_bytes(upright, kind, value_range)
-            return to_pixels(upright, self.channels)
+            return self.pixels(image)
+
+    def pixels(self, image: Image.Image) -> Pixels:
+        """Return an opened image: decoded, upright and with this collection's number of channels.
+
+        Raises anything for an image that cannot be decoded or has other channels.
+        """
+        kind, value_range = sample_kind(image), FULL if states_maximum(image) else self.value_range
+        upright = load_oriented(image, apply=self.exif == "apply")
+        if kind is not None:
+            upright = to_bytes(upright, kind, value_range)
+        return to_pixels(upright, self.channels)
 
     def _values(self, data: bytes) -> Values:
         return read_values(data, self.channels, self.page, apply_exif=self.exif == "apply")

@@ -79,9 +79,17 @@ class ReevaluationReport:
         lines = [f"{self.split}: {self.images} images", table(rows, header, frozenset((2, 3))), *self.notes]
         if self.predictions_equal is not None:
             lines.append(f"predictions.csv: {self.predictions_equal} of {self.images} rows are the same")
-        return "\n".join([*lines, self._conclusion()])
+        return "\n".join([*lines, self.conclusion])
 
-    def _conclusion(self) -> str:
+    @property
+    def best(self) -> dict[str, float]:
+        """Metrics of the best model, without the prefix of the split."""
+        prefix = PREFIXES.get(self.split, f"{self.split}_")
+        return {each.name.removeprefix(prefix): each.evaluated for each in self.metrics if each.model == "best"}
+
+    @property
+    def conclusion(self) -> str:
+        """Whether the recorded metrics were reproduced, in one sentence."""
         compared = [metric for metric in self.metrics if metric.recorded is not None]
         other = [metric for metric in compared if metric.verdict != "equal"]
         if not compared:
@@ -139,8 +147,10 @@ def evaluate_run(
     split: str,
     accelerator: Accelerator,
     data_root: Path | None = None,
+    *,
+    last: bool = True,
 ) -> ReevaluationReport:
-    """Evaluate a run's best model on a split, and the last one if its checkpoint exists. Collective."""
+    """Evaluate a run's best model on a split and, with ``last``, the last one if its checkpoint exists. Collective."""
     check_split(split)
     if not run.split[split]:
         others = [other for other in SPLITS if run.split[other]]
@@ -175,7 +185,7 @@ def evaluate_run(
         report.metrics += _compare("best", task.metrics(best, prefix), summary.get("best", {}), allowed)
         if split == "test" and summary:
             report.predictions_equal = _equal_rows(run, task, best, trained.classes)
-        if summary and (epoch := summary["last"]["epoch"]) != summary["best"]["epoch"]:
+        if last and summary and (epoch := summary["last"]["epoch"]) != summary["best"]["epoch"]:
             if load_last_model(run, module, epoch):
                 entry = task.to_dict() | {"thresholds": summary.get("last_thresholds")}
                 last_task = task_from_dict(entry, task.classes)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from toolkit.augment.transforms import ImageTransform, preserved_random_states
+from toolkit.data.dataloader import MAX_WORKERS
 from toolkit.data.folder_walk import FORMATS, FolderWalk
-from toolkit.data.image_sources import EncodedImages, UnreadableImageError
+from toolkit.data.image_sources import Pixels, UnreadableImageError
 from toolkit.data.sampling import hash64
+from toolkit.distributed.cpu_count import available_cpus
+from toolkit.distributed.process import local_processes
 from toolkit.errors import UserError
-from toolkit.filenames import encode_name
 from toolkit.run_directory import LABEL_SEPARATOR
 from toolkit.training.evaluation import to_device
 from toolkit.training.trained_model import TrainedModel
@@ -50,7 +52,7 @@ def collect(
                 lines = _lines(Path(argument[1:]).read_bytes(), argument[1:])
             except OSError as error:
                 raise UserError(f"the list {argument[1:]} cannot be read: {error.strerror}") from None
-        found += [path for line in lines for path in _expand(line, log)]
+        found += [path for line in lines for path in images_at(line, log)]
     if not found:
         raise UserError("no images given: give images, folders, @LIST (one path per line), or - for standard input")
     return found
@@ -63,7 +65,7 @@ def _lines(content: bytes, source: str) -> list[str]:
     return [os.fsdecode(line.rstrip(b"\r")) for line in content.split(b"\n") if line.strip()]
 
 
-def _expand(path: str, log: Callable[[str], None]) -> list[str]:
+def images_at(path: str, log: Callable[[str], None]) -> list[str]:
     """Return a folder's images at any depth, sorted, without hidden files and folders; any other path unchanged."""
     if not os.path.isdir(path):
         return [path]
@@ -79,11 +81,25 @@ def _expand(path: str, log: Callable[[str], None]) -> list[str]:
 # -- prediction -------------------------------------------------------------------------------------------------------
 
 
+class ImagesToPredict(Protocol):
+    """A numbered collection of images, such as :class:`toolkit.data.image_sources.EncodedImages`."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, i: int) -> Pixels:
+        """Return image i, decoded. Raises UnreadableImageError."""
+        ...
+
+    def name(self, i: int) -> str:
+        """Return the name of image i for output files."""
+        ...
+
+
 class FailedFile(NamedTuple):
-    """A file that could not be predicted."""
+    """An image that could not be predicted."""
 
     position: int
-    """Index of the file in the list of paths."""
+    """Index of the image."""
     reason: str
 
 
@@ -107,9 +123,12 @@ class Predictions:
         failed = {file.position for file in self.failed}
         for position, path in enumerate(self.paths):
             if position not in failed:
-                pairs = zip(self.ranking[position], self.probabilities[position], strict=True)
-                listed = [(i, p) for i, p in pairs if self.thresholds is None or p >= self.thresholds[i]]
-                yield path, [(self.classes[int(index)], f"{np.float32(p):.6g}") for index, p in listed]
+                yield path, [(self.classes[i], f"{np.float32(p):.6g}") for i, p in self.ranked(position)]
+
+    def ranked(self, position: int) -> list[tuple[int, float]]:
+        """Return the classes listed for an image, as (class index, probability), by decreasing probability."""
+        pairs = zip(self.ranking[position].tolist(), self.probabilities[position].tolist(), strict=True)
+        return [(i, p) for i, p in pairs if self.thresholds is None or p >= self.thresholds[i]]
 
     def text(self, style: str) -> str:
         """Format all rows as ``csv``, ``json`` (one array) or ``jsonl`` (one object per line)."""
@@ -149,10 +168,10 @@ class _Inputs(NamedTuple):
     failed: list[FailedFile]
 
 
-class _Files(Dataset[Any]):
-    """Data set of preprocessed image files; a list of positions returns :class:`_Inputs`."""
+class _InputDataset(Dataset[Any]):
+    """Data set of preprocessed images; a list of positions returns :class:`_Inputs`."""
 
-    def __init__(self, images: EncodedImages, transform: ImageTransform) -> None:
+    def __init__(self, images: ImagesToPredict, transform: ImageTransform) -> None:
         self.images, self.transform = images, transform
 
     def __getitems__(self, positions: list[int]) -> _Inputs:
@@ -181,12 +200,12 @@ class _Files(Dataset[Any]):
 @torch.inference_mode()
 def predict(
     trained: TrainedModel,
-    paths: Sequence[str],
+    images: ImagesToPredict,
     device: torch.device,
     *,
     top_k: int | None,
     batch_size: int,
-    workers: int,
+    workers: int | None = None,
     autocast_dtype: torch.dtype | None = None,
     channels_last: bool = False,
     advance: Callable[[int], None] = lambda images: None,
@@ -195,20 +214,23 @@ def predict(
 
     ``top_k``: number of most probable classes per image; None: the most probable one, or of a multi-label model all
     labels whose probability is at least their threshold.
-    ``batch_size`` is per process. The paths are divided into batches, which are then distributed, so that the results
-    do not depend on the number of processes. ``advance`` is called with the number of images of each batch of this
+    ``batch_size`` is per process. The images are divided into batches, which are then distributed, so that the results
+    do not depend on the number of processes. ``workers``: number of data loader workers; None: the available CPUs minus
+    one. A single batch is loaded without workers. ``advance`` is called with the number of images of each batch of this
     process.
     """
     module = trained.module.to(device)
     if channels_last:
         module.to(memory_format=torch.channels_last)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    count, thresholds = len(paths), trained.task.thresholds if top_k is None else None
+    count, thresholds = len(images), trained.task.thresholds if top_k is None else None
     top_k = len(trained.classes) if thresholds is not None else min(top_k or 1, len(trained.classes))
     batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)][rank::world]
-    workers = min(workers, len(batches))
+    if workers is None:
+        workers = min(available_cpus(local_processes()) - 1, MAX_WORKERS)
+    workers = min(workers, len(batches)) if len(batches) > 1 else 0
     loader: DataLoader[Any] = DataLoader(
-        _Files(trained.files(paths), trained.transform),
+        _InputDataset(images, trained.transform),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_identity,
@@ -217,10 +239,10 @@ def predict(
     )
     found = torch.zeros(count, 2, top_k, dtype=torch.float64)  # probabilities and class indices
     failed = list[FailedFile]()
-    for positions, images, bad in loader:
+    for positions, batch, bad in loader:
         failed += bad
-        if images is not None:
-            inputs = to_device(images, device, channels_last)
+        if batch is not None:
+            inputs = to_device(batch, device, channels_last)
             with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
                 logits = module(inputs)
             probabilities, classes = trained.task.probabilities(logits.float()).topk(top_k, 1)
@@ -228,7 +250,7 @@ def predict(
         advance(len(positions) + len(bad))
     found, failed = _gathered(found, failed, device)
     probabilities, classes = found.unbind(1)
-    names = [encode_name(path) for path in paths]
+    names = [images.name(i) for i in range(count)]
     ranking = classes.numpy().astype(np.int64)
     return Predictions(names, trained.classes, ranking, probabilities.numpy(), failed, thresholds)
 
