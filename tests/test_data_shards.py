@@ -139,24 +139,28 @@ def table_of(folder: Path, rows: str) -> DataConfig:
     for i in range(4):
         Image.fromarray(np.full((4, 4), i, np.uint8)).save(folder / f"{i}.png")
     (folder / "labels.csv").write_text(rows)
-    settings = {"columns": {"group": "group", "weight": "weight"}, "label_separator": ";"}
+    columns = {"group": "group", "weight": "weight", "keep": ["weight", "site"]}
+    settings = {"columns": columns, "label_separator": ";"}
     return DataConfig.model_validate({"dataset": "table", "table": str(folder / "labels.csv"), **settings})
 
 
-def test_several_labels_groups_and_weights_are_kept_with_and_without_the_index(tmp_path: Path) -> None:
-    rows = "image,label,group,weight\n0.png,cat;dog,a,1\n1.png,,b,0.5\n2.png,dog,a,2\n3.png,cat,b,1\n"
+def test_several_labels_groups_weights_and_other_columns_are_kept_with_and_without_the_index(tmp_path: Path) -> None:
+    rows = "image,label,group,weight,site\n0.png,cat;dog,a,1,x\n1.png,,b,0.5,\n2.png,dog,a,2,=y\n3.png,cat,b,1,-3\n"
     data = table_of(tmp_path, rows)
     expected, shards = open_dataset(data), packed(data, tmp_path / "shards")
     found = opened(shards)
     for field in ("labels", "groups", "weights"):
         assert getattr(found, field).tolist() == getattr(expected, field).tolist()
+    kept = {name: [column[i] for i in range(4)] for name, column in found.kept.items()}
+    assert kept == {"weight": ["1", "0.5", "2", "1"], "site": ["x", "", "%3Dy", "-3"]}
     (shards / INDEX_NAME).unlink()
-    again = opened(shards, columns={"group": "group", "weight": "weight"})
+    again = opened(shards, columns={"group": "group", "weight": "weight", "keep": ["site"]})
     assert again.classes == ["cat", "dog"]
     of_image = [int(again.images.load(i)[0, 0, 0]) for i in range(4)]  # the shard's order is random
     assert again.labels.tolist() == expected.labels[of_image].tolist()
     assert again.weights is not None
     assert again.weights.tolist() == [[1, 0.5, 2, 1][i] for i in of_image]
+    assert [again.kept["site"][k] for k in range(4)] == [kept["site"][i] for i in of_image]
 
 
 def test_unreadable_images_are_refused_or_left_out(images: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from pydantic import ValidationError
 
 from toolkit.cache.store import cache_root, list_entries
 from toolkit.data.datasets import Dataset, open_dataset
@@ -210,6 +211,37 @@ def test_splits_groups_and_weights_are_read(tmp_path: Path) -> None:
     assert data.weights.tolist() == [1, 0.5, 0]
     note = opened(written(tmp_path, "image,label,split\na.png,x,train\nb.png,y,train\n")).notes[1]
     assert note == "column 'split' is not used; to take the splits from it, set data.columns.split = 'split'"
+
+
+def test_other_columns_are_kept_as_text(tmp_path: Path) -> None:
+    values = {"image": PATHS, "label": [0, 1, 1], "age": [4, -2.5, None], "site": ["a b", "c\nd", "=1"], "g": [7, 7, 8]}
+    parquet.write_table(pa.table(values), tmp_path / "labels.parquet")
+    lines = [json.dumps({name: column[i] for name, column in values.items()}) for i in range(3)]
+    kept = {"keep": ["age", "site", "g"], "group": "g"}
+    for table in (tmp_path / "labels.parquet", written(tmp_path, "\n".join(lines), "labels.jsonl")):
+        data = opened(table, columns=kept)
+        found = {name: [column[i] for i in range(3)] for name, column in data.kept.items()}
+        assert [float(text or "nan") for text in found.pop("age")] == pytest.approx(
+            [4, -2.5, float("nan")], nan_ok=True
+        )
+        assert found == {"site": ["a b", "c%0Ad", "%3D1"], "g": ["7", "7", "8"]}
+        assert data.groups is not None
+        assert data.groups.tolist() == [0, 0, 1]
+        assert "keep from column 'age, site, g'" in data.notes[0]
+    assert "labels.jsonl has no column 'sites'" in error_of(table, columns={"keep": ["sites"]})
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (["prediction"], "predictions.csv has its own column 'prediction': rename the one in the table"),
+        (["probability of rain"], "predictions.csv has its own column 'probability of rain'"),
+        (["site", "site"], "the column 'site' is listed twice"),
+    ],
+)
+def test_columns_that_cannot_be_kept_are_named(keep: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=message):
+        opened(tmp_path / "labels.csv", columns={"keep": keep})
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------

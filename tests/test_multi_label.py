@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from two_digits import write_two_digits
 
 from toolkit.inference.export import PROBABILITIES
 from toolkit.metrics import measures_of
+from toolkit.report.kept_columns import tables_by_value
 from toolkit.report.run_data import load_run_data
 from toolkit.runs import Run, open_run
 from toolkit.training.train_step import TrainStep
@@ -28,6 +30,7 @@ from toolkit.training.trained_model import load_model
 pytestmark = pytest.mark.long
 
 KINDS = ("single_label", "multi_label")
+SITES = ("north", "=south", "-2.5")
 RECIPE = """
 [recipe]
 name = "small"
@@ -46,6 +49,7 @@ workers = 0
 [data.columns]
 split = "split"
 label = {label}
+keep = ["site"]
 
 [optimizer]
 name = "sgd"
@@ -66,14 +70,15 @@ trackers = []
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write 200 images of two digits, with a column for their labels and one for the first of these."""
+    """Write 200 images of two digits, with columns for their labels, the first of these, and where they are from."""
     path = write_two_digits(tmp_path_factory.mktemp("digits"), 96, 50, 54)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["image", "label", "split", "first"])
+        writer = csv.DictWriter(file, ["image", "label", "split", "first", "site"])
         writer.writeheader()
-        writer.writerows({**row, "first": row["label"].partition(";")[0]} for row in rows)
+        for number, row in enumerate(rows):
+            writer.writerow({**row, "first": row["label"].partition(";")[0], "site": SITES[number % 3]})
     return path
 
 
@@ -166,6 +171,29 @@ def test_predictions_and_class_metrics_equal_scikit_learn_s(run: Run) -> None:
         np.testing.assert_allclose([float(row[column]) for row in of_class], values, atol=1e-8)
 
 
+def test_kept_columns_are_in_the_predictions_and_the_report_has_metrics_by_their_values(run: Run) -> None:
+    rows = run.prediction_records()
+    encoded = ["north", "%3Dsouth", "-2.5"]  # text that a spreadsheet would take for a formula, and a number
+    assert [row["site"] for row in rows] == [encoded[(146 + i) % 3] for i in range(54)]
+    data = load_run_data(run)
+    ((column, by_site),) = tables_by_value(data.predictions or data.label_predictions)
+    assert column == "site"
+    assert {row.cells[0].text for row in by_site.rows} == set(encoded)
+    for row in by_site.rows:
+        own = [each for each in rows if each["site"] == row.cells[0].text]
+        label, prediction = ("labels", "predictions") if is_multi_label(run) else ("label", "prediction")
+        truth, found = ([each[name].split(";") for each in own] for name in (label, prediction))
+        assert row.cells[1].text == str(len(own)) == "18"
+        assert row.cells[2].value == np.mean([set(a) == set(b) for a, b in zip(truth, found, strict=True)])
+        if is_multi_label(run):
+            classes = run.model_card["classes"]
+            masks = [np.array([[name in one for name in classes] for one in each]) for each in (truth, found)]
+            expected = oracle.f1_score(*masks, average="micro")
+        else:
+            expected = oracle.recall_score(truth, found, labels=np.unique(truth), average="macro", zero_division=0)
+        assert row.cells[4].value == pytest.approx(expected, abs=1e-9)
+
+
 def test_the_report_shows_what_the_kind_of_task_has(run: Run) -> None:
     assert toolkit("report", run.path).status == 0
     page, drawn = run.report_file.read_text(), {path.stem for path in run.figures.iterdir()}
@@ -177,6 +205,8 @@ def test_the_report_shows_what_the_kind_of_task_has(run: Run) -> None:
     assert "cannot be shown" not in page
     assert ("average precision" in page) == (kind_of(run) == "multi_label")
     assert ("Calibration" in page) == (kind_of(run) == "single_label")
+    assert 'id="by-value-1"' in page
+    assert re.search(r"<br>site: (north|%3Dsouth|-2\.5)</span></li>", page)
 
 
 def test_damaged_predictions_are_named_and_the_rest_is_reported(run: Run, tmp_path: Path) -> None:
@@ -322,10 +352,10 @@ def test_equal_weights_of_images_change_nothing_and_unequal_ones_the_loss(tmp_pa
         path, column = table.with_name(f"{name}.csv"), "none" if name == "none" else "weight"
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["image", "label", "split", column])
+            writer.writerow(["image", "label", "split", column, "site"])
             for row in rows:
                 weight = 2.0 if name == "equal" else float("one" in row["label"])
-                writer.writerow([row["image"], row["label"], row["split"], weight])
+                writer.writerow([row["image"], row["label"], row["split"], weight, row["site"]])
         weights = () if name == "none" else ('data.columns.weight="weight"',)
         losses[name] = train(write_recipe(tmp_path, "multi_label", path), *weights).epoch_records()[0]["train/loss"]
     assert losses["equal"] == losses["none"]
@@ -379,14 +409,16 @@ def test_a_study_has_a_table_and_a_page(tmp_path: Path, table: Path, kind: str) 
     assert ("Validation mAP" in page) == (kind == "multi_label")
 
 
-def test_w_and_b_gets_the_metrics_of_labels_offline(tmp_path: Path, table: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_w_and_b_gets_the_metrics_of_both_kinds_offline(tmp_path: Path, table: Path, kind: str) -> None:
     offline = 'tracking={ trackers = ["wandb"], mode = "offline" }'
-    path = write_recipe(tmp_path, "multi_label", table)
+    path = write_recipe(tmp_path, kind, table)
     trainers = Trainers(1, tmp_path, path, *settings(offline, "train.epochs=1"))  # W&B needs a process of its own
     assert trainers.wait() == [0], trainers.text()
     (folder,) = (tmp_path / "runs" / "small").iterdir()
     run = open_run(folder)
-    assert {"val/map", "val/auroc", "val/micro_f1"} <= set(run.epoch_records()[0])
+    measures = {"loss", *measures_of(kind)}
+    assert {f"val/{name}" for name in measures} <= set(run.epoch_records()[0])
     assert history(run, "offline-run-*") == run.metric_records()
 
 

@@ -112,10 +112,12 @@ def test_a_table_is_written_again_with_its_groups_and_weights(tmp_path: Path) ->
     for i, label in enumerate("baba"):
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / f"{i}.png")
         split = "test" if i < 2 else "train"
-        rows.append({"image": f"{i}.png", "label": label, "split": split, "patient": f"p{i // 2}", "w": 0.1 * i})
+        rows.append(
+            {"image": f"{i}.png", "label": label, "split": split, "patient": f"p{i // 2}", "w": 0.1 * i, "age": i}
+        )
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = write_recipe(tmp_path)
-    columns = '{ split = "split", group = "patient", weight = "w" }'
+    columns = '{ split = "split", group = "patient", weight = "w", keep = ["patient", "age"] }'
     settings = ['data.dataset="table"', f"data.table={json.dumps(str(tmp_path / 'own.jsonl'))}",
                 f"data.columns={columns}", f"data.root={json.dumps(str(tmp_path))}", "data.split.validation=0",
                 "train.best_metric='last'", 'data.class_names=["b", "a"]']  # fmt: skip
@@ -129,6 +131,9 @@ def test_a_table_is_written_again_with_its_groups_and_weights(tmp_path: Path) ->
         assert dataset.labels.tolist() == [0, 1, 0, 1]
         assert dataset.weights is not None
         assert dataset.weights.tolist() == [0.1 * i for i in (2, 3, 0, 1)]
+        assert {name: [values[i] for i in range(4)] for name, values in dataset.kept.items()} == {
+            "patient": ["p1", "p1", "p0", "p0"], "age": ["2", "3", "0", "1"]
+        }  # fmt: skip
         assert dataset.groups is not None
         assert dataset.groups[0] == dataset.groups[1] != dataset.groups[2] == dataset.groups[3]
         assert {split: x.tolist() for split, x in split_dataset(dataset, found.data).items()} == {

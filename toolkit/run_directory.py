@@ -263,17 +263,17 @@ class RunDirectory:
     def prediction_records(self) -> list[dict[str, str]]:
         """Return the rows of predictions.csv, in the order of the data set.
 
-        The columns are :data:`PREDICTION_COLUMNS` or, for a multi-label run, :func:`label_columns`.
+        The columns are :data:`PREDICTION_COLUMNS` or, for a multi-label run, :func:`label_columns`; then those of
+        data.columns.keep.
         """
         path = self.path / "predictions.csv"
         if not path.exists() and not self.has_test:
             raise UserError(f"{self.path} has no test images, so it has no predictions.csv (data.split.test)")
-        columns: Sequence[str] = PREDICTION_COLUMNS
         header = read_bytes(path).partition(b"\n")[0].decode(errors="replace")
-        if header.startswith(",".join(LABEL_COLUMNS)):
-            columns = next(csv.reader([header]))
+        is_known = header.startswith((",".join(LABEL_COLUMNS), ",".join(PREDICTION_COLUMNS)))
+        columns = next(csv.reader([header])) if is_known else PREDICTION_COLUMNS
         rows = read_csv(path, columns)
-        numbers = columns[len(LABEL_COLUMNS) :]
+        numbers = [column for column in columns if column.startswith("probability")]
         for number, row in enumerate(rows, 1):
             for column in numbers:
                 if not _is_fraction(row[column]):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import pkgutil
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from toolkit.data.archives import ArchiveImages, find_archive, forget_archives
 from toolkit.data.dataset_info import DATASETS
-from toolkit.data.encoded_sources import EncodedSource, ImageFiles, JoinedImages
+from toolkit.data.encoded_sources import EncodedSource, ImageFiles, JoinedImages, PackedStrings
 from toolkit.data.folder_layout import Layout, read_layout
 from toolkit.data.folder_walk import FolderWalk
 from toolkit.data.image_sources import CANNOT_READ, HAS_CHANGED, EncodedImages, ImageSource, InMemoryImages
@@ -54,6 +54,8 @@ class Dataset:
     """Number of each image's group, int64 [N]; drawn splits never divide a group."""
     weights: npt.NDArray[np.float64] | None = None
     """Weight of each image in the training loss, [N]."""
+    kept: Mapping[str, PackedStrings] = field(default_factory=dict)
+    """Other columns of a table: a text for each image, encoded; by name, encoded."""
 
     @property
     def is_multi_label(self) -> bool:
@@ -63,6 +65,11 @@ class Dataset:
     def labels_of(self, i: int) -> tuple[int, ...]:
         """Return the class of an image, or its labels, as indices into ``classes``."""
         return tuple(np.flatnonzero(self.labels[i]).tolist()) if self.is_multi_label else (int(self.labels[i]),)
+
+    def with_kept(self, rows: Iterable[Sequence[object]], indices: IntArray) -> Iterator[tuple[object, ...]]:
+        """Yield rows about the images at ``indices``, each followed by the image's values in the kept columns."""
+        for row, i in zip(rows, indices.tolist(), strict=True):
+            yield *row, *(values[i] for values in self.kept.values())
 
     def class_counts(self, indices: IntArray) -> IntArray:
         """Return the number of images of each class, or with each label, among those at ``indices``: int64 [K]."""

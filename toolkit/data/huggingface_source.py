@@ -103,6 +103,7 @@ def open_huggingface(config: DataConfig) -> Dataset:
         notes=(f"{name}: image from column {image!r}, label from column {label!r}", *notes),
         groups=examples.groups,
         weights=examples.weights,
+        kept=examples.kept,
     )
 
 

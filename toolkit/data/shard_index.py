@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,8 @@ class ShardIndex:
     groups: IntArray | None = None
     """Group number of each image, int64 [N]."""
     weights: npt.NDArray[np.float64] | None = None
+    kept: Mapping[str, PackedStrings] = field(default_factory=dict)
+    """See :class:`toolkit.data.datasets.Dataset`."""
     """Weight of each image in the training loss, [N]."""
     native_size: int | None = None
     """Height and width of all images in pixels; None if they differ."""
@@ -78,9 +81,11 @@ class ShardIndex:
         arrays: dict[str, Any] = {name: getattr(self, name) for name in ("shard", "offset", "size", "version")}
         arrays |= {"labels": self.labels, "names": buffer, "name_ends": ends, "groups": self.groups}
         arrays |= {"weights": self.weights, **{f"list {name}": list_ for name, list_ in self.lists.items()}}
+        for name, values in self.kept.items():
+            arrays[f"kept {name}"], arrays[f"ends {name}"] = values.arrays()
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
         facts = {name: getattr(self, name) for name in _FACTS}
-        facts |= {"version": VERSION, "shards": self.shards, "sha256": _digest(arrays)}
+        facts |= {"version": VERSION, "kept": [*self.kept], "shards": self.shards, "sha256": _digest(arrays)}
         partial = path.with_name(f".{path.name}-{os.getpid()}.tmp")
         partial.write_bytes(safetensors.numpy.save(arrays, metadata={"index": json.dumps(facts)}))
         os.replace(partial, path)
@@ -103,7 +108,11 @@ class ShardIndex:
                 raise UserError(f"{path} lists the shard {shard.name!r}, which is not a plain file name")
         arrays["names"] = PackedStrings.from_arrays(arrays.pop("names"), arrays.pop("name_ends"))
         lists = {name[5:]: arrays.pop(name) for name in sorted(arrays) if name.startswith("list ")}
-        return cls(shards=shards, lists=lists, **arrays, **facts)
+        kept = {
+            name: PackedStrings.from_arrays(arrays.pop(f"kept {name}"), arrays.pop(f"ends {name}"))
+            for name in facts.pop("kept", [])
+        }
+        return cls(shards=shards, lists=lists, kept=kept, **arrays, **facts)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

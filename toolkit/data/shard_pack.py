@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import Timeout
@@ -102,6 +103,7 @@ def _write(
         lists=lists,
         groups=None if dataset.groups is None else dataset.groups[kept],
         weights=None if dataset.weights is None else dataset.weights[kept],
+        kept={name: PackedStrings(values[i] for i in kept.tolist()) for name, values in dataset.kept.items()},
         native_size=dataset.native_size,
         native_channels=dataset.native_channels,
         is_checked=is_checked,
@@ -154,13 +156,15 @@ def _suffix(name: str, data: bytes) -> str:
 def _label_file(dataset: Dataset, classes: list[str], i: int, split: str) -> tuple[str, bytes]:
     """Return the suffix and content of the label file of image i.
 
-    It is ".cls" with the class as a number, or ".json" if the image has several labels, a group or a weight.
+    It is ".cls" with the class as a number, or ".json" if the image has several labels, a group, a weight or kept
+    columns.
     """
     label = dataset.labels[i]
-    if label.ndim == 0 and dataset.groups is None and dataset.weights is None:
+    if label.ndim == 0 and dataset.groups is None and dataset.weights is None and not dataset.kept:
         return ".cls", str(label).encode()
     names = classes[label] if label.ndim == 0 else [classes[k] for k in np.flatnonzero(label)]
-    values = {"label": names, "split": split}
+    values: dict[str, Any] = {decode_name(name): decode_name(column[i]) for name, column in dataset.kept.items()}
+    values |= {"label": names, "split": split}
     values |= {} if dataset.groups is None else {"group": int(dataset.groups[i])}
     values |= {} if dataset.weights is None else {"weight": float(dataset.weights[i])}
     return ".json", json.dumps(values).encode()

@@ -167,6 +167,7 @@ def _index(
         lists=examples.lists,
         groups=examples.groups,
         weights=examples.weights,
+        kept=examples.kept,
         image_column=image_column,
     )
 

@@ -92,6 +92,7 @@ def open_shards(config: DataConfig) -> Dataset:
         notes=(f"{config.root_folder}: {len(source):,} images in {len(index.shards)} shards{source.note}",),
         groups=index.groups,
         weights=index.weights,
+        kept=index.kept,
     )
 
 

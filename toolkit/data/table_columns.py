@@ -1,10 +1,11 @@
-"""The columns of a table of labeled images: paths, labels, splits, groups and weights.
+"""The columns of a table of labeled images: paths, labels, splits, groups, weights, and others that are kept.
 
 Values are collected in flat arrays while the rows are read, so that a table of a million rows needs little memory.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import reprlib
@@ -22,6 +23,7 @@ from toolkit.data.folder_layout import SPLIT_NAMES, split_of
 from toolkit.data.sampling import IntArray
 from toolkit.data.table_files import BadRow, Table
 from toolkit.errors import UserError
+from toolkit.filenames import encode_name
 from toolkit.formatting import plural
 from toolkit.recipe.data_schema import ColumnsConfig, DataConfig
 from toolkit.similar_names import did_you_mean
@@ -33,6 +35,7 @@ SHOWN = 10
 """Maximum number of invalid rows listed in a message."""
 
 _INTEGER = re.compile(r"-?\d{1,1000}")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Examples:
     """Group number of each example, int64 [N]."""
     weights: npt.NDArray[np.float64] | None
     """Weight of each example in the training loss, at least 0, [N]."""
+    kept: dict[str, PackedStrings]
+    """Values of the columns in data.columns.keep, encoded as in predictions.csv."""
 
 
 class RowFaults:
@@ -189,6 +194,21 @@ class _Weights:
         self.values.append(weight)
 
 
+class _Kept:
+    """A column of any values, as text for files: numbers unchanged, other text encoded like names."""
+
+    def __init__(self) -> None:
+        self.strings = PackedStrings()
+
+    def add(self, value: Any) -> None:
+        self.strings.append("" if value is None else _text_for_files(str(value)))
+
+
+@functools.lru_cache(1024)  # most columns have few values
+def _text_for_files(text: str) -> str:
+    return text if _NUMBER.fullmatch(text) else encode_name(text)
+
+
 def read_examples(table: Table, config: DataConfig) -> Examples:
     """Read all rows of a table. Raises UserError for missing columns, and one for all invalid rows together."""
     names = choose_columns(table, config.columns)
@@ -198,12 +218,13 @@ def read_examples(table: Table, config: DataConfig) -> Examples:
     labels = _Labels(config.label_separator)
     indicators = [_Indicator(name) for name in config.columns.label] if many else []
     splits, groups, weights = _Codes("split", _split_name), _Codes("group"), _Weights()
-    kept: dict[str, _Column] = {"split": splits, "group": groups, "weight": weights}
-    columns: list[_Column] = [paths, *indicators, *(kept[key] for key in kept if key in names)]
+    optional: dict[str, _Column] = {"split": splits, "group": groups, "weight": weights}
+    kept = {name: _Kept() for name in config.columns.keep}
+    columns: list[_Column] = [paths, *indicators, *(optional[key] for key in optional if key in names), *kept.values()]
     if not indicators:
         columns.insert(1, labels)
     wanted = [names["image"], *(config.columns.label if many else [names["label"]])]
-    for row, values in table.read([*wanted, *(names[key] for key in kept if key in names)]):
+    for row, values in table.read([*wanted, *(names[key] for key in optional if key in names), *kept]):
         if isinstance(values, BadRow):
             faults.add(row, values)
             continue
@@ -238,6 +259,7 @@ def read_examples(table: Table, config: DataConfig) -> Examples:
         lists=_lists(splits) if "split" in names else {"train": np.arange(len(rows))},
         groups=np.frombuffer(groups.values, dtype=np.int64) if "group" in names else None,
         weights=np.frombuffer(weights.values, dtype=np.float64) if "weight" in names else None,
+        kept={encode_name(name): column.strings for name, column in kept.items()},
     )
 
 
@@ -246,13 +268,13 @@ def choose_columns(table: Table, config: ColumnsConfig) -> dict[str, str]:
 
     Raises UserError if the table does not have one of them.
     """
-    names = {"label": config.label, "split": config.split, "group": config.group, "weight": config.weight}
+    names = {key: getattr(config, key) for key in ("label", "split", "group", "weight")}
     found = {key: [name] if isinstance(name, str) else name or [] for key, name in names.items()}
     image = config.image
     if image is None:
         present = [name for name in PATH_COLUMNS if name in table.columns]
         image = present[0] if len(present) == 1 else "image"
-    for key, wanted in {"image": [image], **found}.items():
+    for key, wanted in {"image": [image], **found, "keep": config.keep}.items():
         for name in wanted:
             if name not in table.columns:
                 raise UserError(
@@ -332,7 +354,7 @@ def _lists(splits: _Codes) -> dict[str, IntArray]:
 def describe_columns(table: Table, config: ColumnsConfig) -> list[str]:
     """Return notes for the log: which columns are read, and whether an unused column looks like splits."""
     labels = {"label": ", ".join(config.label)} if isinstance(config.label, list) else {}
-    used = {**choose_columns(table, config), **labels}
+    used = {**choose_columns(table, config), **labels, **({"keep": ", ".join(config.keep)} if config.keep else {})}
     notes = [f"{table.path}: " + ", ".join(f"{key} from column {name!r}" for key, name in used.items())]
     for name in table.columns if config.split is None else ():
         if name.lower() == "split":

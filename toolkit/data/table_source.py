@@ -65,6 +65,7 @@ def open_table(config: DataConfig) -> Dataset:
         notes=(*describe_columns(table, config.columns), *_divided_groups(examples)),
         groups=examples.groups,
         weights=examples.weights,
+        kept=examples.kept,
     )
 
 

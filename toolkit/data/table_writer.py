@@ -84,7 +84,14 @@ def write_table(recipe: Recipe, path: Path) -> str:
         settings["channels"] = dataset.native_channels
     if data.image_size is None and dataset.native_size is not None and recipe.model.weights == "none":
         settings["image_size"] = dataset.native_size
-    columns = {"split": "split", **_optional_columns(dataset)}
+    columns: dict[str, Any] = {"split": "split", **_optional_columns(dataset)}
+    if dataset.kept:
+        columns["keep"] = [decode_name(name) for name in dataset.kept]
+        if clash := {"image", "label", *columns}.intersection(columns["keep"]):
+            raise UserError(
+                f"--write-table: data.columns.keep names {min(clash)!r}, which is a column of every table that is "
+                "written; rename it in your table"
+            )
     found: dict[str, Any] = {"dataset": "table", "table": str(path)}
     if is_file:
         found["root"] = images.source.root  # type: ignore[attr-defined]
@@ -123,6 +130,7 @@ def _rows(dataset: Dataset, splits: dict[str, IntArray], separator: str | None, 
                 label = label if separator is None else separator.join(label)
             image = {"bytes": _encoded(dataset, i), "path": name} if embed else name
             values = {name: column[i].item() for name, column in optional.items()}
+            values |= {decode_name(name): decode_name(column[i]) for name, column in dataset.kept.items()}
             yield {"image": image, "label": label, "split": split, **values}
 
 

@@ -136,10 +136,8 @@ def evaluate_data(
         epoch=summary["best"]["epoch"] if summary else None,
     )
     names = [dataset.images.name(int(i)) for i in indices]
-    rows, columns = (
-        trained.task.prediction_rows(result, names, trained.classes),
-        trained.task.prediction_columns(trained.classes),
-    )
+    rows = dataset.with_kept(trained.task.prediction_rows(result, names, trained.classes), indices)
+    columns = [*trained.task.prediction_columns(trained.classes), *dataset.kept]
     main_only(accelerator, lambda: write_evaluation(run, found, columns, rows), share=False)
     notes += _notes(run, config, trained, found, names)
     return DataEvaluation(found, own_metrics(summary["best"] if summary else {}), notes)

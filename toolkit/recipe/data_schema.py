@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from toolkit.data.dataset_info import DATASETS
 from toolkit.recipe.base import IMAGES, PIXELS, ConfigModel, Fraction, FractionBelowOne, Seed
@@ -16,6 +16,9 @@ else:
     DatasetName = Literal[tuple(DATASETS)]
 
 ColumnName = Annotated[str, Field(min_length=1)]
+
+PREDICTION_NAMES = ("path", "label", "labels", "prediction", "predictions", "row", "seed", "fold")
+"""Columns of predictions.csv and of the out-of-fold predictions of a study, besides probabilities."""
 
 MAX_CHANNELS = 32
 """Largest number of input channels."""
@@ -110,6 +113,21 @@ class ColumnsConfig(ConfigModel):
         None, description="Group of each image, such as a patient: drawn splits never divide a group."
     )
     weight: ColumnName | None = Field(None, description="Weight of each image in the training loss, at least 0.")
+    keep: list[ColumnName] = Field(
+        [],
+        description="Other columns, such as the hospital or the camera, that are copied to predictions.csv; the report "
+        "shows the metrics for each of their values.",
+    )
+
+    @field_validator("keep")
+    @classmethod
+    def _names_are_not_those_of_predictions(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name in PREDICTION_NAMES or name.startswith("probability"):
+                raise ValueError(f"predictions.csv has its own column {name!r}: rename the one in the table")
+            if names.count(name) > 1:
+                raise ValueError(f"the column {name!r} is listed twice")
+        return names
 
 
 class DataConfig(ConfigModel):

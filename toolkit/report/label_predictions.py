@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from toolkit.reading import UnreadableFile
 from toolkit.report.html import HtmlCell, HtmlRow, HtmlTable, integer, name, share
+from toolkit.report.kept_columns import kept_columns
 from toolkit.report.plot_style import CYCLE, fitted, grid, labeled_axes, short
 from toolkit.report.prediction_metrics import Counts, Ints
 from toolkit.run_directory import LABEL_COLUMNS, LABEL_SEPARATOR, label_columns
@@ -36,6 +37,8 @@ class LabelPredictions:
     """Whether each label is predicted, [N, K]."""
     scores: npt.NDArray[np.float32]
     """Probability of each label, 0..1, [N, K]."""
+    kept: Mapping[str, list[str]] = field(default_factory=dict)
+    """Values of the columns in data.columns.keep, by column, [N] each."""
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
@@ -68,7 +71,7 @@ class LabelPredictions:
 def read_label_predictions(run: Run, classes: list[str]) -> LabelPredictions:
     """Read a multi-label predictions.csv. Raises UserError if it is damaged."""
     file, rows, columns = run.path / "predictions.csv", run.prediction_records(), label_columns(classes)
-    if not rows or list(rows[0]) != columns:
+    if not rows or list(rows[0])[: len(columns)] != columns:
         raise UnreadableFile(file, f"it should have rows with the columns {','.join(columns)[:80]}, ...")
     index = {text: number for number, text in enumerate(classes)}
     masks = np.zeros((2, len(rows), len(classes)), dtype=np.uint8)
@@ -78,8 +81,9 @@ def read_label_predictions(run: Run, classes: list[str]) -> LabelPredictions:
             if any(text not in index for text in names):
                 raise UnreadableFile(file, f"line {number + 2} names a label that the run does not have")
             mask[number, [index[text] for text in names]] = 1
-    scores = np.array([list(row.values())[len(LABEL_COLUMNS) :] for row in rows], dtype=np.float32)
-    return LabelPredictions([row["path"] for row in rows], classes, masks[0], masks[1].astype(bool), scores)
+    scores = np.array([list(row.values())[len(LABEL_COLUMNS) : len(columns)] for row in rows], dtype=np.float32)
+    names, kept = [row["path"] for row in rows], kept_columns(rows, columns)
+    return LabelPredictions(names, classes, masks[0], masks[1].astype(bool), scores, kept)
 
 
 def label_table(found: LabelPredictions, counts: Mapping[str, Counts] | None, thresholds: list[float]) -> HtmlTable:

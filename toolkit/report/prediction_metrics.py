@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,8 @@ class RunPredictions:
     """Most probable class of each image, [N]."""
     probabilities: Floats
     """Probability of the predicted class, 0..1, [N]."""
+    kept: Mapping[str, list[str]] = field(default_factory=dict)
+    """Values of the columns in data.columns.keep, by column, [N] each."""
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:

@@ -17,8 +17,10 @@ from toolkit.reading import UnreadableFile, read_json, require_file
 from toolkit.recipe import Recipe
 from toolkit.recipe.diagnostics import printable
 from toolkit.recipe.earlier_versions import update_summary
+from toolkit.report.kept_columns import kept_columns
 from toolkit.report.label_predictions import LabelPredictions, read_label_predictions
 from toolkit.report.prediction_metrics import Calibration, Counts, RunPredictions, calibration
+from toolkit.run_directory import PREDICTION_COLUMNS
 from toolkit.runs import Run
 from toolkit.training.lr_schedule import epoch_rank
 
@@ -51,6 +53,8 @@ class Mistake:
     probability: float
     image: Image.Image | None
     """The image; None if it is not available."""
+    kept: str = ""
+    """Its values in the columns of data.columns.keep."""
 
 
 @dataclass(frozen=True)
@@ -288,6 +292,7 @@ def read_predictions(run: Run, classes: list[str]) -> RunPredictions:
         np.array([index[row["label"]] for row in rows], dtype=np.int64),
         np.array([index[row["prediction"]] for row in rows], dtype=np.int64),
         np.array([float(row["probability"]) for row in rows], dtype=np.float64),
+        kept_columns(rows, PREDICTION_COLUMNS),
     )
 
 

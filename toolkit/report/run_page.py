@@ -28,6 +28,7 @@ from toolkit.report.html import (
     share,
     write_page,
 )
+from toolkit.report.kept_columns import tables_by_value
 from toolkit.report.label_predictions import error_cells, error_table, label_table
 from toolkit.report.learning_curves import learning_rates, points
 from toolkit.report.prediction_metrics import (
@@ -75,6 +76,7 @@ def write_run_page(path: Path, data: RunData, svg: Mapping[str, str], files: Seq
         evaluations=_evaluations(data),
         charts=[(id_, "Metrics" if id_ == "accuracy" and several else caption) for id_, caption in CHARTS],
         by_class=by_class,
+        by_value=tables_by_value(found or several),
         confusions=_confusions(found) if found else error_table(several) if several else None,
         calibration_text=_calibration_text(data.calibration) if data.calibration else "",
         svg={name: Markup(text) for name, text in svg.items()},

@@ -16,6 +16,7 @@ from toolkit.recipe.diagnostics import printable
 from toolkit.recipe.gpu_support import is_random
 from toolkit.report.conv_filters import choose, effect_figure, filters_figure
 from toolkit.report.data_plots import class_histogram, contact_sheet, to_images
+from toolkit.report.kept_columns import values_of
 from toolkit.report.label_predictions import precision_recall_figure
 from toolkit.report.learning_curves import learning_curves, learning_rate_curve
 from toolkit.report.plot_style import PRINT, page_svg, plot_style, save
@@ -172,17 +173,20 @@ def _counts(data: RunData, images: RunImages | None) -> dict[str, Counts]:
 
 
 def _mistakes(data: RunData, images: RunImages | None) -> list[Mistake]:
-    rows: list[tuple[str, str, str, float]] = []
+    rows: list[tuple[str, str, str, float, str]] = []
     if (found := data.predictions) is not None:
         classes, true, predicted = found.classes, found.labels, found.predictions
-        worst = found.worst(MAX_MISTAKES)
-        rows = [(found.names[i], classes[true[i]], classes[predicted[i]], found.probabilities[i]) for i in worst]
-    elif (several := data.label_predictions) is not None:
-        errors = several.largest_errors
         rows = [
-            (several.names[i], several.text(several.labels[i]), several.text(several.predictions[i]), errors[i])
-            for i in several.worst(MAX_MISTAKES)
+            (found.names[i], classes[true[i]], classes[predicted[i]], found.probabilities[i], values_of(found.kept, i))
+            for i in found.worst(MAX_MISTAKES).tolist()
         ]
+    elif (several := data.label_predictions) is not None:
+        errors, text = several.largest_errors, several.text
+        rows = [
+            (several.names[i], text(several.labels[i]), text(several.predictions[i]), errors[i],
+             values_of(several.kept, i))
+            for i in several.worst(MAX_MISTAKES).tolist()
+        ]  # fmt: skip
     mistakes = [
         Mistake(
             name,
@@ -190,8 +194,9 @@ def _mistakes(data: RunData, images: RunImages | None) -> list[Mistake]:
             prediction,
             float(probability),
             to_shown(pixels) if images and (pixels := images.load(name)) is not None else None,
+            kept,
         )
-        for name, label, prediction, probability in rows
+        for name, label, prediction, probability, kept in rows
     ]
     unreadable = sum(mistake.image is None for mistake in mistakes)
     if images is not None and unreadable:

@@ -155,9 +155,10 @@ def _write_results(training: Trainer, run: Run, models: _FinalModels) -> None:
         run.write_json("checkpoints/model.json", run.model_card | {"task": task.to_dict()})
     if test is None:
         return
-    names = [dataset.images.name(int(index)) for index in training.setup.splits["test"]]
-    rows = task.prediction_rows(test, names, dataset.classes)
-    run.write_predictions(rows, task.prediction_columns(dataset.classes))
+    indices = training.setup.splits["test"]
+    names = [dataset.images.name(int(index)) for index in indices]
+    rows = dataset.with_kept(task.prediction_rows(test, names, dataset.classes), indices)
+    run.write_predictions(rows, [*task.prediction_columns(dataset.classes), *dataset.kept])
     of_class, others = task.class_metrics(test)
     shares = {"precision": of_class.precision, "recall": of_class.recall, "f1": of_class.f1, **others}
     columns = zip(dataset.classes, of_class.support.tolist(), *shares.values(), strict=True)
