@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import enum
 import inspect
 import json
 import math
 import re
-import typing
 from collections.abc import Iterable
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from toolkit.data.torchvision_info import TORCHVISION_SETS
+from toolkit.recipe.catalog.signatures import describe_argument, plain
 
 EXCLUDED_TRANSFORMS = {
     "ClampBoundingBoxes": "is for bounding boxes",
@@ -203,7 +202,7 @@ def _transforms(excluded: dict[str, str]) -> dict[str, dict[str, Any]]:
 
     classes = {name: value for name, value in vars(v2).items() if inspect.isclass(value)}
     return {
-        name: {parameter.name: _argument(parameter) for parameter in _parameters(cls)}
+        name: {parameter.name: describe_argument(parameter) for parameter in _parameters(cls)}
         for name, cls in sorted(classes.items())
         if issubclass(cls, v2.Transform) and name not in excluded
     }
@@ -213,57 +212,6 @@ def _parameters(cls: type) -> Iterable[inspect.Parameter]:
     skipped = ("self", "inplace")
     parameters = inspect.signature(cls.__init__, eval_str=True).parameters.values()  # type: ignore[misc]
     return [p for p in parameters if p.name not in skipped and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
-def _argument(parameter: inspect.Parameter) -> dict[str, Any]:
-    """Return the kinds of TOML values that an argument takes (empty: unknown), whether it is required, and its default.
-
-    ``size`` defaults to data.image_size, so it is never required.
-    """
-    annotation = parameter.annotation
-    if annotation is parameter.empty:
-        annotation = type(parameter.default)
-    argument: dict[str, Any] = {
-        "kinds": sorted(_kinds(annotation)),
-        "required": parameter.default is parameter.empty and parameter.name != "size",
-    }
-    if parameter.default is not parameter.empty:
-        argument["default"] = _plain(parameter.default)
-    choices = _choices(annotation)
-    if choices:
-        argument["choices"] = choices
-    return argument
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _choices(annotation: Any) -> list[str]:
-    """Return the strings that an argument accepts, if they are a fixed list."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return list(typing.get_args(annotation))
-    members = typing.get_args(annotation) or (annotation,)
-    return [str(item.value) for cls in members if inspect.isclass(cls) and issubclass(cls, enum.Enum) for item in cls]
-
-
-def _kinds(annotation: Any) -> set[str]:
-    """Return the TOML kinds (integer, number, boolean, text, array) that an annotation allows."""
-    from numbers import Number
-
-    members = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Union else (annotation,)
-    if any(inspect.isclass(cls) and issubclass(cls, enum.Enum) for cls in members):
-        return {"text"}
-    simple = {int: "integer", float: "number", bool: "boolean", str: "text", Number: "number"}
-    found = {simple[member] for member in members if member in simple}
-    origins = [typing.get_origin(member) or member for member in members]
-    if any(inspect.isclass(o) and issubclass(o, typing.Sequence) and o is not str for o in origins):
-        found.add("array")
-    if typing.get_origin(annotation) is typing.Literal:
-        found.add("text")
-    return found - {"integer"} if "number" in found else found
 
 
 def _datasets() -> dict[str, dict[str, Any]]:
@@ -292,7 +240,7 @@ def _datasets() -> dict[str, dict[str, Any]]:
 
 def _dataset_argument(cls: Any, parameter: inspect.Parameter) -> dict[str, Any]:
     """Describe an argument; its choices are those that the class itself names when it refuses another value."""
-    argument = _argument(parameter)
+    argument = describe_argument(parameter)
     if "text" not in argument["kinds"]:
         return argument
     argument["kinds"] = ["text"]  # a list asks for several labels per image
@@ -355,5 +303,5 @@ def _optimizer(cls: Any, description: str) -> dict[str, Any]:
 
 def _json_default(value: Any) -> Any:
     """Return the default as a TOML value; None (null) for None and for values that TOML cannot represent."""
-    plain = _plain(value)
-    return plain if isinstance(plain, bool | int | float | str | list) else None
+    default = plain(value)
+    return default if isinstance(default, bool | int | float | str | list) else None
