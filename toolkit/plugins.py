@@ -1,7 +1,7 @@
 """Code of the user's own that a recipe names: models, data sets, transforms, losses, metrics, optimizers, schedules.
 
 A plugin is a factory: a function or class that is called with the arguments in the recipe, and with those values of
-:data:`PROVIDED` for its kind that its signature names. A recipe cannot load code; the caller does, in one of these ways:
+:data:`PROVIDED` for its kind that its signature names. A recipe cannot load code; the caller can, in three ways:
 
 - an installed package has an entry point in the group ``toolkit.models``, ``toolkit.datasets``, ...;
 - ``--plugin MODULE`` (or the environment variable TOOLKIT_PLUGINS) names modules that call :func:`register`;
@@ -18,21 +18,23 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points, packages_distributions, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from toolkit.errors import UserError, first_line
-from toolkit.recipe.catalog.signatures import describe_argument
+from toolkit.signatures import describe_argument
 from toolkit.similar_names import did_you_mean
 
 if TYPE_CHECKING:
     from toolkit.recipe.schema import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
+KeyPath = tuple[str | int, ...]
 
 VARIABLE = "TOOLKIT_PLUGINS"
 """Environment variable with the modules to load, separated by commas: importable names, or paths of Python files.
@@ -49,7 +51,7 @@ PROVIDED: dict[str, tuple[str, ...]] = {
     "loss": ("num_classes", "class_weights", "label_smoothing"),
     "metric": ("num_classes",),
     "optimizer": ("params", "lr", "weight_decay", "momentum"),
-    "schedule": ("epochs",),
+    "schedule": ("epochs", "warmup_epochs"),
 }
 """Arguments that the toolkit passes to factories of each kind if their signature names them; a recipe cannot."""
 
@@ -102,17 +104,26 @@ class Plugin:
                 f"the {self.kind} {self.name!r} failed: {type(error).__name__}: {first_line(error)}"
             ) from error
 
+    @cached_property
+    def _module(self) -> ModuleType | None:
+        return inspect.getmodule(self.factory) or inspect.getmodule(type(self.factory))
+
+    @property
+    def file(self) -> str | None:
+        """Path of the Python file that defines the factory; None if it was typed into an interpreter."""
+        file = getattr(self._module, "__file__", None)
+        return os.path.realpath(file) if file and os.path.isfile(file) else None
+
+    @cached_property
     def record(self) -> dict[str, str | None]:
-        """Return what identifies the plugin, for the run directory: names, version, and the hash of its file."""
-        module = inspect.getmodule(self.factory) or inspect.getmodule(type(self.factory))
-        file = getattr(module, "__file__", None)
+        """What identifies the plugin, for the run directory: names, version, and hash of the file when first read."""
         return {
             "kind": self.kind,
             "name": self.name,
-            "module": getattr(module, "__name__", None),
-            "version": version(self.distribution) if self.distribution else _version(module),
-            "file": file and os.path.basename(file),
-            "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and os.path.isfile(file) else None,
+            "module": getattr(self._module, "__name__", None),
+            "version": version(self.distribution) if self.distribution else _version(self._module),
+            "file": self.file and os.path.basename(self.file),
+            "sha256": self.file and hashlib.sha256(Path(self.file).read_bytes()).hexdigest(),
         }
 
 
@@ -139,10 +150,10 @@ def register(kind: str, name: str | None = None) -> Callable[[F], F]:
 def add(plugin: Plugin) -> None:
     """Add a plugin. Raises UserError if its name is already that of another factory, unless it is reloaded."""
     known = _registered.get((plugin.kind, plugin.name))
-    if known is not None and known.record() != plugin.record():
+    if known is not None and known.file != plugin.file:
         raise UserError(
-            f"two plugins are named {plugin.name!r} ({plugin.kind}): one in {known.record()['module']}, one in "
-            f"{plugin.record()['module']}; give one of them another name"
+            f"two plugins are named {plugin.name!r} ({plugin.kind}): one in {known.file}, one in {plugin.file}; give "
+            "one of them another name"
         )
     _registered[plugin.kind, plugin.name] = plugin
 
@@ -159,44 +170,74 @@ def use_modules(modules: list[str]) -> None:
 
 def find(kind: str, name: str) -> Plugin:
     """Return a plugin. Raises UserError if there is none of this name."""
-    known = plugins(kind)
-    if name in known:
-        return known[name]
-    raise UserError(unknown(kind, name))
+    _load_listed()
+    if (kind, name) not in _registered:
+        entry = _entries(kind).get(name)
+        if entry is None:
+            raise UserError(f"{unknown(kind, name)}: {how_to_load(kind, name)}")
+        add(Plugin(kind, name, _load_entry(entry), entry.dist.name if entry.dist else None))
+    return _registered[kind, name]
+
+
+def is_loaded(kind: str, name: str) -> bool:
+    """Return whether there is a plugin of this name."""
+    return name in names(kind)
 
 
 def unknown(kind: str, name: str) -> str:
     """Return the message for a plugin that is not loaded."""
-    known = plugins(kind)
-    listed = f"; loaded are {', '.join(known)}" if known else ""
-    return (
-        f"no {kind} plugin is named {name!r}{did_you_mean(name, known, prefix='; ', otherwise=listed)}; the module that "
-        f"registers it must be loaded with --plugin MODULE, or listed in {VARIABLE}"
-    )
+    return f"no {kind} plugin {name!r} is loaded"
 
 
-def plugins(kind: str) -> dict[str, Plugin]:
-    """Return the plugins of a kind by name: registered ones, and entry points of installed packages."""
+def how_to_load(kind: str, name: str) -> str:
+    """Return the advice for a plugin that is not loaded: a similar name, or the option that loads its module."""
+    known = names(kind)
+    listed = f" (loaded: {', '.join(known)})" if known else ""
+    return did_you_mean(name, known, otherwise=f"name the module that registers it with --plugin MODULE{listed}")
+
+
+def names(kind: str) -> list[str]:
+    """Return the names of a kind's plugins, sorted: registered ones, and entry points, which are not imported yet."""
     _load_listed()
-    for entry in entry_points(group=f"toolkit.{kind}s"):
-        if (kind, entry.name) not in _registered:
-            add(Plugin(kind, entry.name, _load_entry(entry), entry.dist.name if entry.dist else None))
-    return {name: plugin for (of, name), plugin in sorted(_registered.items()) if of == kind}
+    return sorted({name for of, name in _registered if of == kind} | _entries(kind).keys())
 
 
-def named_plugins(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yield kind and name of each plugin that a recipe names."""
-    if recipe.model.source == "plugin":
-        yield "model", recipe.model.name
-    if recipe.data.dataset == "plugin" and recipe.data.name is not None:
-        yield "dataset", recipe.data.name
-    augment = recipe.augment
-    names = [("transform", entry.name) for entry in (*augment.train, *augment.validation, *augment.test)]
-    names += [("metric", name) for name in recipe.train.metrics]
-    names += [("loss", recipe.train.loss), ("optimizer", recipe.optimizer.name), ("schedule", recipe.scheduler.name)]
-    for kind, name in dict.fromkeys(names):
-        if name.startswith(PREFIX):
-            yield kind, name.removeprefix(PREFIX)
+class NamedPlugin(NamedTuple):
+    """A plugin that a recipe names."""
+
+    kind: str
+    name: str
+    key: KeyPath
+    """Recipe key that names it."""
+    arguments: dict[str, Any]
+    arguments_key: KeyPath
+    """Recipe key of the table that holds the arguments."""
+
+
+def named_plugins(recipe: Recipe) -> Iterator[NamedPlugin]:
+    """Yield the plugins that a recipe names."""
+    model, optimizer, schedule, train = recipe.model, recipe.optimizer, recipe.scheduler, recipe.train
+    if model.source == "plugin":
+        yield NamedPlugin("model", model.name, ("model", "name"), model.args, ("model", "args"))
+    others = [
+        NamedPlugin("optimizer", optimizer.name, ("optimizer", "name"), optimizer.args, ("optimizer", "args")),
+        NamedPlugin("schedule", schedule.name, ("scheduler", "name"), schedule.args, ("scheduler", "args")),
+        NamedPlugin("loss", train.loss, ("train", "loss"), train.loss_args.given, ("train", "loss_args")),
+    ]
+    for use in others:
+        if use.name.startswith(PREFIX):
+            yield use._replace(name=use.name.removeprefix(PREFIX))
+
+
+def records(recipe: Recipe, kinds: Collection[str] = tuple(PROVIDED)) -> list[dict[str, str | None]]:
+    """Return what identifies the plugins of these kinds that a recipe names, each once; see :attr:`Plugin.record`."""
+    used = dict.fromkeys((use.kind, use.name) for use in named_plugins(recipe) if use.kind in kinds)
+    return [find(kind, name).record for kind, name in used]
+
+
+def _entries(kind: str) -> dict[str, EntryPoint]:
+    """Return the entry points of installed packages by name."""
+    return {entry.name: entry for entry in entry_points(group=f"toolkit.{kind}s")}
 
 
 def _listed() -> list[str]:
@@ -240,7 +281,7 @@ def _load_entry(entry: EntryPoint) -> Callable[..., Any]:
         factory: Callable[..., Any] = entry.load()
     except Exception as error:  # the package's own code may raise anything
         raise UserError(
-            f"the plugin {entry.name!r} of {entry.value} cannot be imported: {type(error).__name__}: {first_line(error)}"
+            f"the plugin {entry.name!r}, {entry.value}, cannot be imported: {type(error).__name__}: {first_line(error)}"
         ) from error
     return factory
 

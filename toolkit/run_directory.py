@@ -164,7 +164,7 @@ class RunDirectory:
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe that the run was started with."""
-        return load_recipe(self.path / "recipe.toml")
+        return load_recipe(self.path / "recipe.toml", with_plugins=False)
 
     @property
     def summary(self) -> dict[str, Any]:

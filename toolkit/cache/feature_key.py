@@ -18,6 +18,7 @@ from toolkit.augment.transforms import is_deterministic
 from toolkit.cache.store import content_key
 from toolkit.data.jpeg_decoding import jpeg_decoder
 from toolkit.models.pretrained import state_hash
+from toolkit.plugins import records
 from toolkit.recipe.schema import AugmentConfig
 from toolkit.training.context import TrainingContext
 
@@ -29,6 +30,7 @@ def frozen_part(setup: TrainingContext, tail: str) -> dict[str, Any]:
         "model": table.model_dump(mode="json", exclude={"weights", "head"}),
         "layers": _layers(module, tail),
         "weights": weights_hash(module, tail),
+        **({"plugin": records(setup.recipe, ["model"])} if table.source == "plugin" else {}),
         "tail": tail,
         "numbers": _numbers(setup),
         "versions": [toolkit.__version__, timm.__version__, np.__version__, PIL.__version__,

@@ -129,7 +129,7 @@ def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
     model, dataset = recipe.model, info_of(recipe.data.dataset, recipe.data.name)
     is_pretrained, is_file = model.weights != "none", model.weights.startswith(("file:", "package:"))
     expected = None
-    if is_pretrained and model.source != "toolkit":
+    if is_pretrained and model.is_published:
         expected = weights_input(model.source, model.name, "DEFAULT" if is_file else model.weights)
         if expected is None:
             return {}
@@ -204,7 +204,7 @@ def _recipe_of(path: Path) -> Recipe:
     from toolkit.recipe import load_recipe
     from toolkit.runs import open_run
 
-    return load_recipe(path) if path.is_file() else open_run(path).recipe
+    return load_recipe(path, with_plugins=False) if path.is_file() else open_run(path).recipe
 
 
 def _metrics_diff(first: Path, second: Path) -> list[tuple[str, Any, Any]]:

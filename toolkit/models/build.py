@@ -12,7 +12,7 @@ import torchvision.models
 from torch import nn
 
 from toolkit.errors import UserError, first_line
-from toolkit.models import timm_models, torchvision_models
+from toolkit.models import plugin_models, timm_models, torchvision_models
 from toolkit.models.convnet import ConvNet
 from toolkit.models.dry_forward import DryForwardResult, input_shape, is_logits, probe
 from toolkit.models.head import build_head, with_dropout
@@ -35,8 +35,13 @@ STEM = "conv1"
 """Name of a ResNet's first convolution in torchvision and timm."""
 
 
-LIBRARIES: dict[str, ModuleType] = {"torchvision": torchvision_models, "timm": timm_models}
-"""Modules by model.source. Each has the functions construct, inputs, published_state and adapt."""
+LIBRARIES: dict[str, ModuleType] = {
+    "torchvision": torchvision_models,
+    "timm": timm_models,
+    "plugin": plugin_models,
+}
+"""Modules by model.source. Each has the functions construct and adapt; those of libraries, inputs and published_state
+too."""
 
 
 @dataclass
@@ -59,6 +64,12 @@ class ModelBundle:
     """Dotted name of the first convolution if it is randomly initialized although the rest is pretrained."""
     unkeyed: tuple[str, ...] = ()
     """Operations outside dropout layers that draw random numbers in training. They cannot be keyed by example."""
+
+    @property
+    def not_exact(self) -> list[str]:
+        """Sentences that say why results depend on the number of processes."""
+        drawn = ", ".join(self.unkeyed)
+        return [f"the model draws random numbers that are not keyed by example: {drawn}"] if drawn else []
 
     @property
     def head(self) -> str:
@@ -98,7 +109,7 @@ def check_sizes(built: ModelBundle, table: ModelConfig, channels: int, sizes: It
 
 def expected_input(table: ModelConfig) -> PretrainedInput | None:
     """Return the published preprocessing of the recipe's weights, without building or downloading anything."""
-    if table.weights == "none" or table.source == "toolkit":
+    if table.weights == "none" or not table.is_published:
         return None
     found: PretrainedInput = LIBRARIES[table.source].inputs(table)
     return found
@@ -116,7 +127,8 @@ class _Builder:
             assert table.convnet is not None
             self.module, self.heads = ConvNet(table.convnet, table.head, num_classes, channels, image_size), ("head",)
         else:
-            check_arguments(table.args)
+            if table.is_published:
+                check_arguments(table.args)
             self.module, self.heads = self.library.construct(table, num_classes, channels, image_size)
 
     def build(self, load_weights: bool) -> ModelBundle:
@@ -196,10 +208,10 @@ class _Builder:
         table, module = self.table, self.module
         may_differ = [*self.heads, *([STEM] if table.stem == "small" else [])]
         is_file = is_file_reference(table.weights)
-        if self.library is None and table.weights != "none" and not is_file:
+        if not table.is_published and table.weights != "none" and not is_file:
+            own = "a custom ConvNet" if self.library is None else f"the plugin {table.name}"
             raise UserError(
-                f"model.weights = {table.weights!r}: a custom ConvNet has no published weights; "
-                "use 'none' or 'file:PATH'"
+                f"model.weights = {table.weights!r}: {own} has no published weights; use 'none' or 'file:PATH'"
             )
         if table.weights == "none" or (is_file and not load_weights):
             return WeightLoadReport([], [])

@@ -26,6 +26,11 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
+PLUGIN_PATTERN = r"^plugin:[^\W\d][\w.-]*$"
+"""Pattern of a plugin's name (:mod:`toolkit.plugins`) in keys that also take built-in names."""
+
+PluginName = Annotated[str, Field(pattern=PLUGIN_PATTERN, max_length=NAME_LENGTH)]
+
 SLURM_WORD = r"^[\w.,@+-]+$"
 """Pattern of names of SLURM partitions, accounts and similar."""
 

@@ -9,11 +9,13 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from toolkit.metrics import EXPECTED_METRICS
+from toolkit.plugins import PREFIX
 from toolkit.recipe import catalog
 from toolkit.recipe.diagnostics import Issue, dotted, error, warning
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
+from toolkit.recipe.training_schema import LOSS_KEYS
 from toolkit.recipe.type_descriptions import describe_value, shown
 from toolkit.similar_names import did_you_mean
 
@@ -98,12 +100,12 @@ _POLICIES = {
 def model(recipe: Recipe) -> Iterator[Issue]:
     """Check that the source provides the architecture, and that model.args has no arguments that other keys set."""
     table = recipe.model
-    if table.source != "toolkit":
+    if table.is_published:
         yield from _architecture(table.source, table.name)
-    elif table.name != "convnet":
+    elif table.source == "toolkit" and table.name != "convnet":
         text = f'source "toolkit" has one model, "convnet", not {toml_value(table.name)}'
         yield error("model.name", text, "model.source", hint=LIST.format("models"))
-    for name in table.args:
+    for name in table.args if table.source != "plugin" else ():
         if name in OWN_MODEL_KEYS:
             path = ("model", "args", name)
             yield Issue(f"model.args: {name} cannot be given here", path, hint=OWN_MODEL_KEYS[name], at="key")
@@ -140,8 +142,8 @@ def weights(recipe: Recipe) -> Iterator[Issue]:
         yield from _weights_file(table.weights)
     elif table.weights == "none":
         return
-    elif table.source == "toolkit":
-        text = 'source "toolkit" has no pretrained weights; expected "none", "file:PATH" or "package:NAME/PATH"'
+    elif not table.is_published:
+        text = f'source "{table.source}" has no pretrained weights; expected "none", "file:PATH" or "package:NAME/PATH"'
         yield error("model.weights", text, "model.source")
     elif table.name in catalog.model_names(table.source):
         known = catalog.weights_names(table.source, table.name)
@@ -169,6 +171,8 @@ def _weights_file(name: str) -> Iterator[Issue]:
 def optimizer(recipe: Recipe) -> Iterator[Issue]:
     """Check that the optimizer exists and accepts its arguments."""
     table, known = recipe.optimizer, catalog.optimizers()
+    if table.name.startswith(PREFIX):
+        return
     if table.name not in known:
         yield _unknown_name("optimizer", ("optimizer", "name"), table.name, known, catalog.excluded_optimizers())
         return
@@ -189,6 +193,14 @@ def optimizer(recipe: Recipe) -> Iterator[Issue]:
             yield error(path, f"expected {expected}, found {describe_value(value)}", "optimizer.name")
 
 
+def loss(recipe: Recipe) -> Iterator[Issue]:
+    """Check that the built-in loss has the arguments that the recipe gives."""
+    table = recipe.train
+    for name in table.loss_args.model_extra or () if not table.loss.startswith(PREFIX) else ():
+        known = [key for key, user in LOSS_KEYS.items() if user == table.loss]
+        yield _unknown_argument(table.loss, ("train", "loss_args", name), known, ("train", "loss"))
+
+
 def torchvision_dataset(recipe: Recipe) -> Iterator[Issue]:
     """Check that the data set of torchvision exists and accepts its arguments."""
     table, known = recipe.data, catalog.datasets()
@@ -200,7 +212,7 @@ def torchvision_dataset(recipe: Recipe) -> Iterator[Issue]:
     elif table.name not in known:
         yield _unknown_name("data set", ("data", "name"), table.name, known, catalog.excluded_datasets())
     else:
-        yield from _arguments(table.name, table.args, known[table.name], ("data", "args"), ("data", "name"))
+        yield from arguments(table.name, table.args, known[table.name], ("data", "args"), ("data", "name"))
 
 
 def huggingface_dataset(recipe: Recipe) -> Iterator[Issue]:
@@ -211,7 +223,7 @@ def huggingface_dataset(recipe: Recipe) -> Iterator[Issue]:
     if table.name is None:
         hint = 'a folder, or the name of a data set of the hub, for example name = "ylecun/mnist"'
         yield error("data.name", 'must be given with dataset = "huggingface"', "data.dataset", hint=hint, at="table")
-    yield from _arguments("load_dataset", table.args, LOAD_DATASET, ("data", "args"), ("data", "dataset"))
+    yield from arguments("load_dataset", table.args, LOAD_DATASET, ("data", "args"), ("data", "dataset"))
 
 
 def transforms(recipe: Recipe) -> Iterator[Issue]:
@@ -222,13 +234,13 @@ def transforms(recipe: Recipe) -> Iterator[Issue]:
             path: KeyPath = ("augment", split, index)
             if entry.name in known:
                 name, keys = (*path, "name"), ("apply_p", "stage")
-                yield from _arguments(entry.name, entry.arguments, known[entry.name], path, name, keys)
+                yield from arguments(entry.name, entry.arguments, known[entry.name], path, name, keys)
             else:
                 excluded = catalog.excluded_transforms()
                 yield _unknown_name("transform", (*path, "name"), entry.name, known, excluded)
 
 
-def _arguments(
+def arguments(
     owner: str,
     given: dict[str, Any],
     known: dict[str, Any],
@@ -236,7 +248,11 @@ def _arguments(
     name: KeyPath,
     keys: tuple[str, ...] = (),
 ) -> Iterator[Issue]:
-    """Check the arguments of a transform or data set; ``keys`` are also allowed next to them."""
+    """Check the arguments of a transform, data set or plugin; ``keys`` are also allowed next to them.
+
+    ``known`` describes those that ``owner`` takes, ``path`` is the key of the table that holds the given ones, ``name``
+    the key that names the owner.
+    """
     for argument, value in given.items():
         if argument in known:
             yield from _argument(known[argument], value, (*path, argument), name)
@@ -256,7 +272,7 @@ def _argument(info: dict[str, Any], value: Any, path: KeyPath, name: KeyPath) ->
     if not is_kind or (choices and value not in choices):
         hint = did_you_mean(value, choices) if isinstance(value, str) else None
         yield error(path, f"expected {_expected(info)}, found {describe_value(value)}", name, hint=hint)
-    elif path[-1] == "p" and not 0 <= value <= 1:
+    elif path[0] == "augment" and path[-1] == "p" and not 0 <= value <= 1:
         yield error(path, f"expected a number from 0 to 1, found {describe_value(value)}", name)
 
 

@@ -9,6 +9,7 @@ from math import floor
 
 from toolkit.data.dataset_info import info_of
 from toolkit.errors import UserError
+from toolkit.plugins import PREFIX
 from toolkit.recipe import catalog_checks, input_checks, task_checks
 from toolkit.recipe.diagnostics import Issue, error, warning
 from toolkit.recipe.gpu_support import is_random, unsupported_on_gpu
@@ -171,6 +172,8 @@ def scheduler(recipe: Recipe) -> Iterator[Issue]:
         if table.name not in users and getattr(table, key) != getattr(default, key):
             text = f'has no effect with name = "{table.name}"; it is for {" and ".join(users)}'
             yield warning(f"scheduler.{key}", text, "scheduler.name", at="key")
+    if table.args and not table.name.startswith(PREFIX):
+        yield warning("scheduler.args", f'has no effect with name = "{table.name}"', "scheduler.name", at="key")
     if table.min_lr > recipe.optimizer.lr and table.name in SCHEDULE_KEYS["min_lr"]:
         text = f"{table.min_lr:g} is above optimizer.lr, {recipe.optimizer.lr:g}"
         yield error("scheduler.min_lr", text, "optimizer.lr", "scheduler.name")
@@ -256,7 +259,7 @@ def train(recipe: Recipe) -> Iterator[Issue]:
         text = f"{batch} is not divisible by train.grad_accum_steps = {parts}"
         yield error("train.batch_size", text, "train.grad_accum_steps", hint=hint)
     args, defaults = recipe.train.loss_args, type(recipe.train.loss_args)()
-    for key, loss in LOSS_KEYS.items():
+    for key, loss in LOSS_KEYS.items() if not recipe.train.loss.startswith(PREFIX) else ():
         if recipe.train.loss != loss and getattr(args, key) != getattr(defaults, key):
             text = f"has no effect with train.loss = {toml_value(recipe.train.loss)}, only with {toml_value(loss)}"
             yield warning(f"train.loss_args.{key}", text, "train.loss", at="key")
@@ -291,6 +294,7 @@ RULES = (
     catalog_checks.model,
     catalog_checks.weights,
     catalog_checks.optimizer,
+    catalog_checks.loss,
     catalog_checks.torchvision_dataset,
     catalog_checks.huggingface_dataset,
     catalog_checks.transforms,

@@ -33,7 +33,7 @@ def input_size(recipe: Recipe) -> Size | None:
     data, model = recipe.data, recipe.model
     if data.image_size is not None:
         return as_size(data.image_size)
-    if model.source == "toolkit" or model.weights == "none":
+    if not model.is_published or model.weights == "none":
         native = info_of(data.dataset, data.name).size
         return None if native is None else as_size(native)
     expected = weights_input(model.source, model.name, model.weights)

@@ -24,7 +24,7 @@ COLOR_ONLY = frozenset(
 def image_size(recipe: Recipe) -> Iterator[Issue]:
     """Check that the size of the model's input is known, and that the resize produces it if there is no crop."""
     data, table, size = recipe.data, recipe.model, input_size(recipe)
-    has_expected_size = table.source != "toolkit" and table.weights != "none"
+    has_expected_size = table.is_published and table.weights != "none"
     if size is None and not has_expected_size:
         text = f'must be given, since the images of "{data.dataset}" differ in size'
         related = ("data.dataset", "model.name", "model.weights")
@@ -97,7 +97,7 @@ def normalization(recipe: Recipe) -> Iterator[Issue]:
         text = f"{len(choice.mean)} values for {channels} channel{'s' if channels > 1 else ''}"
         related = ("data.channels", "data.dataset", "model.weights")
         yield error("data.normalize", text, *related, hint="give one value per channel")
-    if choice == "auto" or table.source == "toolkit" or channels != 3:
+    if choice == "auto" or not table.is_published or channels != 3:
         return
     expected = weights_input(table.source, table.name, table.weights)
     if expected is None:

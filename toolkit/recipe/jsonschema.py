@@ -15,7 +15,7 @@ from typing import Any
 
 from toolkit.metrics import EXPECTED_METRICS
 from toolkit.recipe import catalog
-from toolkit.recipe.base import NAME_PATTERN
+from toolkit.recipe.base import NAME_PATTERN, PLUGIN_PATTERN
 from toolkit.recipe.catalog_checks import OWN_MODEL_KEYS
 from toolkit.recipe.schema import Recipe
 
@@ -90,20 +90,21 @@ def _plain(node: Schema, definitions: Schema, *, in_list: bool) -> Schema:
 
 
 def _name_models(table: Schema) -> None:
-    """Restrict model.name to known architectures, and to those of model.source if the file sets it."""
+    """Restrict model.name to the architectures of model.source, if the file sets it. A plugin may have any name."""
     names = {source: catalog.model_names(source) for source in ("torchvision", "timm")}
     names["toolkit"] = ["convnet"]
-    table["properties"]["name"]["enum"] = sorted(set().union(*names.values()))
-    table["properties"]["args"]["propertyNames"] = {"not": {"enum": list(OWN_MODEL_KEYS)}}
+    _or_plugin(table["properties"]["name"], sorted(set().union(*names.values())), ".")
+    own = {"properties": {"args": {"propertyNames": {"not": {"enum": list(OWN_MODEL_KEYS)}}}}}
     table["allOf"] = [
-        _when("source", [source], {"properties": {"name": {"enum": known}}}) for source, known in names.items()
+        *(_when("source", [source], {"properties": {"name": {"enum": known}}}) for source, known in names.items()),
+        _when("source", list(names), own),
     ]
 
 
 def _name_optimizers(table: Schema) -> None:
     """Restrict optimizer.name to known optimizers, and optimizer.args to the arguments of the one named."""
     optimizers = catalog.optimizers()
-    table["properties"]["name"]["enum"] = list(optimizers)
+    _or_plugin(table["properties"]["name"], list(optimizers))
     alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name, info in optimizers.items():
         alike[tuple(info["args"])].append(name)
@@ -111,6 +112,12 @@ def _name_optimizers(table: Schema) -> None:
         _when("name", names, {"properties": {"args": {"propertyNames": {"enum": list(args)}}}})
         for args, names in alike.items()
     ]
+
+
+def _or_plugin(key: Schema, names: list[str], pattern: str = PLUGIN_PATTERN) -> None:
+    """Restrict a key to the names, which editors complete, and to names of plugins."""
+    del key["type"]
+    key["anyOf"] = [{"enum": names}, {"type": "string", "pattern": pattern}]
 
 
 def _name_transforms(entry: Schema) -> None:

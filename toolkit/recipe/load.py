@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from toolkit.recipe.cross_checks import check
 from toolkit.recipe.diagnostics import Diagnostic, Issue, RecipeError, dotted
 from toolkit.recipe.layers import SET, ConfigLayer, LayeredConfig, parse, parse_overrides, read_chain
+from toolkit.recipe.plugin_checks import check_plugins
 from toolkit.recipe.resolve import leaves, resolved_content, resolved_toml, with_defaults
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.toml_positions import KeyPath
@@ -37,13 +38,14 @@ class LoadedRecipe:
         return {"file": os.fspath(file), "keys": {dotted(path): origin for path, origin in self.origins.items()}}
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, with_plugins: bool = True) -> Recipe:
     """Load a recipe from a TOML file.
 
-    ``overrides`` are ``table.key=value`` with a TOML value; the last one wins. Raises RecipeError with all errors;
-    use :func:`load` to get warnings too.
+    ``overrides`` are ``table.key=value`` with a TOML value; the last one wins. Without ``with_plugins``, the recipe's
+    plugins are not checked and need not be loaded. Raises RecipeError with all errors; use :func:`load` to get warnings
+    too.
     """
-    return load(path, overrides).recipe
+    return resolve(read_sources(path, overrides), os.fspath(path), with_plugins=with_plugins).recipe
 
 
 def loads_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -78,7 +80,7 @@ def read_sources(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
     return [*files, *arguments]
 
 
-def resolve(sources: Sequence[ConfigLayer], name: str) -> LoadedRecipe:
+def resolve(sources: Sequence[ConfigLayer], name: str, *, with_plugins: bool = True) -> LoadedRecipe:
     """Merge all sources, base first, into one recipe; errors without a location are reported for ``name``."""
     merged = LayeredConfig()
     for source in sources:
@@ -86,7 +88,7 @@ def resolve(sources: Sequence[ConfigLayer], name: str) -> LoadedRecipe:
     result = validate(merged.data)
     issues = list(result.issues)
     if result.recipe is not None:
-        found = islice(check(result.recipe), MAX_ERRORS)
+        found = islice(chain(check(result.recipe), check_plugins(result.recipe) if with_plugins else ()), MAX_ERRORS)
         issues += [issue for issue in found if result.is_valid_at([issue.path, *issue.related])]
     diagnostics = located(issues, merged, name)
     if result.recipe is None or any(item.severity == "error" for item in diagnostics):

@@ -128,11 +128,13 @@ class ConvNetConfig(ConfigModel):
 class ModelConfig(ConfigModel):
     """Architecture, initial weights and head."""
 
-    source: Literal["toolkit", "torchvision", "timm"] = Field(
-        description="Library that provides the architecture; toolkit: defined in [model.convnet]."
+    source: Literal["toolkit", "torchvision", "timm", "plugin"] = Field(
+        description="Library that provides the architecture; toolkit: defined in [model.convnet]; plugin: code of your "
+        "own (docs/plugins.md)."
     )
     name: str = Field(
-        "convnet", description="Name of the architecture; `toolkit models` lists them. With source = toolkit: convnet."
+        "convnet",
+        description="Name of the architecture; `toolkit models` lists them. toolkit: convnet. plugin: its name.",
     )
     weights: str = Field(
         "none",
@@ -156,6 +158,11 @@ class ModelConfig(ConfigModel):
     )
     convnet: ConvNetConfig | None = Field(None, description="Definition of the ConvNet, with source = toolkit.")
     head: HeadConfig = Field(HeadConfig(), description="The new classifier on top of the backbone.")
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the architecture is a library's, so that it has named weights."""
+        return self.source in ("torchvision", "timm")
 
     @model_validator(mode="after")
     def _convnet_is_defined(self) -> ModelConfig:

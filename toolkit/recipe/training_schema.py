@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from toolkit.recipe.base import (
     EPOCHS,
@@ -15,6 +24,7 @@ from toolkit.recipe.base import (
     EpochMetric,
     Fraction,
     FractionBelowOne,
+    PluginName,
     Selection,
     Weight,
 )
@@ -24,7 +34,9 @@ class OptimizerConfig(ConfigModel):
     """The optimizer and its hyperparameters."""
 
     name: str = Field(
-        "sgd", description="sgd, nag, adam, adamw (PyTorch), or any timm optimizer; `toolkit optimizers` lists them."
+        "sgd",
+        description="sgd, nag, adam, adamw (PyTorch), or any timm optimizer; `toolkit optimizers` lists them. "
+        "plugin:NAME: code of your own (docs/plugins.md).",
     )
     lr: float = Field(gt=0, le=1e30, description="Peak learning rate (after warm-up).")
     momentum: FractionBelowOne | None = Field(
@@ -44,13 +56,17 @@ class OptimizerConfig(ConfigModel):
 class SchedulerConfig(ConfigModel):
     """Learning-rate schedule, a function of epochs."""
 
-    name: Literal["constant", "step", "exponential", "cosine", "polynomial", "one_cycle", "plateau"] = Field(
-        "constant",
-        description="constant: lr in every epoch. step: multiply by gamma every step_size epochs. exponential: "
-        "multiply by gamma every epoch. cosine, polynomial: fall from lr to min_lr, along half a cosine or as "
-        "(remaining share of the epochs) ** power. one_cycle: rise from start_factor x lr to lr, then fall "
-        "to end_factor x lr. plateau: multiply by gamma when the metric stops improving.",
+    name: Literal["constant", "step", "exponential", "cosine", "polynomial", "one_cycle", "plateau"] | PluginName = (
+        Field(
+            "constant",
+            description="constant: lr in every epoch. step: multiply by gamma every step_size epochs. exponential: "
+            "multiply by gamma every epoch. cosine, polynomial: fall from lr to min_lr, along half a cosine or as "
+            "(remaining share of the epochs) ** power. one_cycle: rise from start_factor x lr to lr, then fall "
+            "to end_factor x lr. plateau: multiply by gamma when the metric stops improving. plugin:NAME: code of your "
+            "own (docs/plugins.md).",
+        )
     )
+    args: dict[str, Any] = Field({}, description="plugin: arguments of the schedule.")
     step_size: int | None = Field(
         None, ge=1, description="step: epochs between two reductions.", json_schema_extra=EPOCHS
     )
@@ -108,7 +124,9 @@ SCHEDULE_KEYS = {
 
 
 class LossConfig(ConfigModel):
-    """Arguments of the training loss."""
+    """Arguments of the training loss. A plugin has arguments of its own."""
+
+    model_config = ConfigDict(extra="allow")
 
     gamma: float = Field(
         2.0, ge=0, le=20, description="focal: exponent; the larger it is, the less do easy examples count."
@@ -121,6 +139,11 @@ class LossConfig(ConfigModel):
     clip: FractionBelowOne = Field(
         0.05, description="asymmetric: probabilities of the other classes are reduced by this, to 0 at the least."
     )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments that the recipe sets, which are those of a plugin."""
+        return {name: getattr(self, name) for name in sorted(self.model_fields_set)}
 
 
 LOSS_KEYS = {
@@ -174,12 +197,13 @@ class TrainConfig(ConfigModel):
         "saved in their place. It is warmed up from 0 (at step n it is at most 1 - n ** (-2/3), as in timm's "
         "ModelEmaV3).",
     )
-    loss: Literal["cross_entropy", "bce", "focal", "asymmetric"] = Field(
+    loss: Literal["cross_entropy", "bce", "focal", "asymmetric"] | PluginName = Field(
         "cross_entropy",
         description="Training loss. Default: cross_entropy, or bce with task.kind = multi_label. bce: binary "
         "cross-entropy of each class, averaged over the classes (Wightman et al. 2021, arXiv:2110.00476). focal (Lin "
         "et al. 2017, arXiv:1708.02002) and asymmetric (Ridnik et al. 2021, arXiv:2009.14119): the same with less "
-        "weight on easy examples. The validation and test loss is the cross-entropy; for multi_label the binary one.",
+        "weight on easy examples. plugin:NAME: code of your own (docs/plugins.md). The validation and test loss is the "
+        "cross-entropy; for multi_label the binary one.",
     )
     loss_args: LossConfig = Field(LossConfig(), description="Arguments of the loss.")
     class_weights: Literal["none", "balanced"] | list[Weight] | dict[str, Weight] = Field(
@@ -211,6 +235,25 @@ class TrainConfig(ConfigModel):
     log_every: int = Field(
         0, ge=0, description="Also log loss and accuracy every N steps; 0 disables.", json_schema_extra=STEPS
     )
+
+    @field_validator("loss_args", mode="wrap")
+    @classmethod
+    def _plugin_has_its_own_arguments(
+        cls, value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> LossConfig:
+        """Accept any arguments of a plugin, also if those of built-in losses with the same names have other types."""
+        if isinstance(value, dict) and info.data.get("loss", "").startswith("plugin:"):
+            return LossConfig.model_construct(**value)
+        found: LossConfig = validate(value)
+        return found
+
+    @model_serializer(mode="wrap")
+    def _plugin_has_given_arguments_only(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the defaults of built-in losses out of a plugin's arguments."""
+        if not self.loss.startswith("plugin:"):
+            return dict(dump(self))
+        content: dict[str, Any] = dump(self.model_copy(update={"loss_args": LossConfig()}))
+        return content | ({"loss_args": self.loss_args.given} if "loss_args" in content else {})
 
     @property
     def images_per_evaluation(self) -> int:

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from toolkit.recipe.base import (
     NAME_PATTERN,
+    PLUGIN_PATTERN,
     SLURM_FEATURES,
     SLURM_MEMORY,
     SLURM_OPTION,
@@ -26,6 +27,7 @@ SHOWN = 60
 PATTERNS = {
     NAME_PATTERN: "text that starts with a letter or digit, followed by letters, digits and _+=,@-, with "
     "single spaces and dots between them, at most 100 characters",
+    PLUGIN_PATTERN: '"plugin:NAME"',
     SLURM_WORD: "text of letters, digits and _.,@+-",
     SLURM_FEATURES: "text of letters, digits and _.,:&|*()[]@+-",
     SLURM_MEMORY: "a size such as 64G (K, M, G or T; megabytes without a unit)",

@@ -34,6 +34,7 @@ from toolkit.data.splits import split_dataset, split_hash
 from toolkit.errors import UserError
 from toolkit.models.build import ModelBundle, build_model, expected_input
 from toolkit.models.transfer import apply_transfer, param_groups
+from toolkit.plugins import PREFIX
 from toolkit.recipe.catalog import weights_names
 from toolkit.recipe.schema import DataConfig, OptimizerConfig, Recipe
 from toolkit.recipe.training_schema import LOSS_KEYS
@@ -271,6 +272,8 @@ def _loop_values(recipe: Recipe) -> Any:
     train = recipe.train.model_dump(exclude={"epochs", "best_metric", "log_every", "loss_args"})
     loss = {key: getattr(recipe.train.loss_args, key) for key, name in LOSS_KEYS.items() if name == recipe.train.loss}
     reading = recipe.data.model_dump(include=NOT_BUILT - {"download"})
+    if recipe.train.loss.startswith(PREFIX):
+        loss = recipe.train.loss_args.given
     return [recipe.recipe.seed, recipe.task, train, loss, recipe.augment.run_on, reading]
 
 

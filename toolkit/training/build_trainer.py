@@ -8,14 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toolkit.augment.mixup import is_mixed
 from toolkit.distributed.batchnorm import replace_batch_norms
 from toolkit.errors import UserError
 from toolkit.filenames import encode_name
 from toolkit.models.transfer import param_groups
+from toolkit.plugins import PREFIX
 from toolkit.similar_names import did_you_mean
 from toolkit.training.context import TrainingContext
 from toolkit.training.ema import ModelEma
 from toolkit.training.loaders import DataLoaders
+from toolkit.training.losses import Loss, check_loss, plugin_loss
 from toolkit.training.optimizer import build_optimizer
 from toolkit.training.train_step import TrainStep, TrainStepConfig
 
@@ -46,7 +49,7 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
     settings = TrainStepConfig(
         seed=recipe.recipe.seed,
         task=setup.task,
-        loss=setup.task.loss(recipe, _tensor(setup, class_weights(setup))),
+        loss=_loss(setup),
         augment=recipe.augment,
         max_grad_norm=recipe.train.max_grad_norm,
         channels_last=recipe.train.channels_last,
@@ -59,6 +62,21 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
     ema = None if recipe.train.ema is None else ModelEma(network, recipe.train.ema)
     wrapped = accelerator.prepare_model(network)
     return TrainStep(accelerator, network, wrapped, optimizer, setup.stochastic, ema, settings)
+
+
+def _loss(setup: TrainingContext) -> Loss:
+    """Return the training loss. A plugin is tried first; if it is not exact, this is logged."""
+    recipe, device, classes = setup.recipe, setup.accelerator.device, len(setup.dataset.classes)
+    weights, name = _tensor(setup, class_weights(setup)), recipe.train.loss
+    if not name.startswith(PREFIX):
+        return setup.task.loss(recipe, weights)
+    loss = plugin_loss(recipe.train, recipe.augment.label_smoothing, weights, classes, device)
+    is_multi_label, mixed = setup.dataset.is_multi_label, is_mixed(recipe.augment)
+    fault = check_loss(loss, name, classes, device, multi_label=is_multi_label, mixed=mixed)
+    if fault is not None:
+        setup.not_exact.append(fault)
+        setup.display.log(f"warning: {fault}")
+    return loss
 
 
 def unfreeze(setup: TrainingContext, trainer: TrainStep, epoch: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from toolkit.models.transfer import Transfer, apply_transfer, layer_group_table
 from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.training.console import Console, table
 from toolkit.training.ema import short_run_warning
+from toolkit.training.lr_schedule import check_schedule
 from toolkit.training.single_value_batches import check_single_value_batches
 from toolkit.training.task import Task, build_task, check_label_splits, check_labels
 
@@ -63,6 +64,8 @@ class TrainingContext:
     stochastic: DropoutKeys
     bad_images: list[str]
     """Unreadable images that were left out: name and reason of each."""
+    not_exact: list[str] = field(default_factory=list)
+    """What makes results depend on the number of processes, or a resumed run differ: sentences for the summary."""
     drawn: str = ""
     """Hash of the splits that the recipe gives; ``splits`` may differ from them in a resumed run whose data changed."""
 
@@ -120,6 +123,7 @@ def build_context(
     ``choose_splits``: called with the data set and the splits that the recipe gives; returns the splits to use.
     """
     train, world = recipe.train, accelerator.num_processes
+    check_schedule(recipe.scheduler, train.epochs)
     data, dataset, splits, bad_images = _open_images(recipe, accelerator, display)
     drawn = split_hash(dataset, splits)
     if choose_splits is not None:
@@ -161,6 +165,7 @@ def build_context(
         transfer,
         stochastic,
         bad_images,
+        built.not_exact,
         drawn,
     )
     if train.ema is not None and (warning := short_run_warning(train.ema, setup.steps * train.epochs)):

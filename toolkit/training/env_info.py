@@ -19,12 +19,14 @@ import torch
 from accelerate import Accelerator
 
 import toolkit
+from toolkit.plugins import records
+from toolkit.recipe.schema import Recipe
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "pillow", "scikit-learn", "safetensors")
 
 
-def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Return versions, device, number of processes, command, git state and SLURM job."""
+def describe_environment(accelerator: Accelerator, recipe: Recipe) -> dict[str, Any]:
+    """Return versions, plugins of the recipe, device, number of processes, command, git state and SLURM job."""
     device = accelerator.device
     return {
         "toolkit": toolkit.__version__,
@@ -32,6 +34,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         "platform": platform.platform(),
         "host": platform.node(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "plugins": records(recipe),
         "processes": accelerator.num_processes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cuda": torch.version.cuda if device.type == "cuda" else None,

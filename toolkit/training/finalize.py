@@ -188,6 +188,7 @@ def _summary(training: Trainer, models: _FinalModels) -> dict[str, Any]:
         "images": {name: len(indices) for name, indices in setup.splits.items()},
         "images_per_epoch": min(len(setup.splits["train"]), setup.steps * training.recipe.train.batch_size),
         "images_left_out": len(setup.bad_images),
+        "not_exact": setup.not_exact,
         "processes": training.accelerator.num_processes,
         "device": str(training.accelerator.device.type),
         "precision": training.accelerator.mixed_precision,

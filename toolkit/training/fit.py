@@ -284,7 +284,7 @@ def _write_initial_files(setup: TrainingContext, run: Run, resumption: Resumptio
     # An equal recipe is not rewritten: checkpoints of earlier versions hold the hash of its text, without newer keys.
     if resumption is None or diff(run.recipe, setup.recipe):
         run.write_text("recipe.toml", resolved_toml(setup.recipe))
-    run.write_json("environment.json", describe_environment(setup.accelerator))
+    run.write_json("environment.json", describe_environment(setup.accelerator, setup.recipe))
     split = {
         "hash": split_hash(setup.dataset, setup.splits),
         "left_out": setup.bad_images,

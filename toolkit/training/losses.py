@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from toolkit.errors import UserError, first_line
+from toolkit.plugins import PREFIX, find
 from toolkit.recipe.training_schema import TrainConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -19,7 +21,7 @@ classes, [n, K]; for multi-label, probabilities that each label is present."""
 def training_loss(
     table: TrainConfig, label_smoothing: float, class_weights: Tensor | None, *, multi_label: bool = False
 ) -> Loss:
-    """Return the recipe's training loss.
+    """Return the recipe's training loss, which is not a plugin.
 
     ``class_weights``, float32 [K], weight each class's share of a target; for multi-label [2, K], the weights of absent
     and of present labels. None weights all equally.
@@ -45,6 +47,64 @@ def training_loss(
         case "asymmetric":
             gammas = {"gamma_positive": args.gamma_positive, "gamma_negative": args.gamma_negative}
             return functools.partial(weigh, **gammas, clip=args.clip)
+        case _:
+            raise AssertionError(f"no built-in loss is named {table.loss}")
+
+
+def plugin_loss(
+    table: TrainConfig, label_smoothing: float, class_weights: Tensor | None, classes: int, device: torch.device
+) -> Loss:
+    """Return the loss of a plugin, which gets logits and probabilities as float32. Raises UserError if it fails.
+
+    ``class_weights`` as for :func:`training_loss`; ``classes``: their number K.
+    """
+    provided = {"num_classes": classes, "class_weights": class_weights, "label_smoothing": label_smoothing}
+    loss = find("loss", table.loss.removeprefix(PREFIX)).build(table.loss_args.given, **provided)
+    if isinstance(loss, nn.Module):
+        if next(loss.parameters(), None) is not None:
+            raise UserError(f"train.loss = {table.loss!r} has parameters, which would not be trained: use the model's")
+        loss = loss.to(device)
+    return lambda logits, targets: loss(logits.float(), targets if targets.dim() == 1 else targets.float())
+
+
+def check_loss(
+    loss: Loss, name: str, classes: int, device: torch.device, *, multi_label: bool, mixed: bool
+) -> str | None:
+    """Try a plugin's loss on a few logits; return a sentence if it is not exact.
+
+    ``mixed``: also try probabilities as targets, which mixup and CutMix give. Raises UserError unless it returns one
+    finite value per example, with a gradient.
+    """
+    count = 4
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(count, classes, generator=random).to(device).requires_grad_()
+    labels = torch.arange(count, device=device) % classes
+    soft = F.one_hot(labels, classes).float()
+    for targets in [soft] if multi_label else [labels, soft] if mixed else [labels]:
+        try:
+            losses = loss(logits, targets)
+        except Exception as error:  # the user's own code may raise anything
+            kind = "probabilities [n, K]" if targets.dim() == 2 else "class indices [n]"
+            raise UserError(
+                f"train.loss = {name!r} failed for logits [n, K] and {kind}: {type(error).__name__}: "
+                f"{first_line(error)}"
+            ) from error
+        if not isinstance(losses, Tensor) or losses.shape != (count,):
+            found = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise UserError(
+                f"train.loss = {name!r} must return one value per example, [n], not {found} for n = {count}; "
+                "PyTorch's losses do with reduction='none'"
+            )
+        if not losses.isfinite().all() or losses.grad_fn is None:
+            what = "has no gradient" if losses.grad_fn is None else "is not finite for ordinary logits"
+            raise UserError(f"train.loss = {name!r} {what}")
+        alone = torch.cat([loss(logits[i : i + 1], targets[i : i + 1]) for i in range(count)])
+        if not torch.allclose(losses, alone, rtol=1e-4, atol=1e-6):
+            return (
+                f"the loss {name} of an example depends on the other images of its batch, so results depend on the "
+                "number of processes and on train.grad_accum_steps"
+            )
+    return None
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, weight: Tensor | None) -> Tensor:

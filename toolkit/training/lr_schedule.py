@@ -6,11 +6,16 @@ processes have the same schedule. Only the plateau schedule has state.
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from toolkit.errors import UserError, first_line
 from toolkit.metrics import higher_is_better
+from toolkit.plugins import PREFIX, Plugin, find
 from toolkit.recipe.schema import SchedulerConfig
 
 
@@ -20,7 +25,7 @@ def lr_factor(table: SchedulerConfig, epoch: float, epochs: int) -> float:
     step: StepLR. exponential: multiply by gamma per epoch. cosine: Loshchilov & Hutter 2017 (arXiv:1608.03983), one
     cycle. polynomial: PolynomialLR over the epochs after the warm-up. one_cycle: Smith & Topin 2018 (arXiv:1708.07120)
     with cosine annealing. The warm-up factor multiplies that of the schedule. The lower bound ``min_lr`` of cosine and
-    polynomial is applied by :func:`learning_rate`.
+    polynomial is applied by :func:`learning_rate`. plugin:NAME: the factor that the plugin's function returns.
     """
     return _warmup(table, epoch) * _base(table, epoch, epochs)
 
@@ -59,6 +64,40 @@ def _base(table: SchedulerConfig, epoch: float, epochs: int) -> float:
             return _cosine_between(1.0, table.end_factor, (share - table.pct_start) / (1 - table.pct_start))
         case "constant" | "plateau":
             return 1.0
+        case _:
+            plugin = find("schedule", table.name.removeprefix(PREFIX))
+            return float(_plugin_schedule(plugin, json.dumps(table.args), epochs, table.warmup_epochs)(epoch))
+
+
+@functools.lru_cache(maxsize=8)
+def _plugin_schedule(plugin: Plugin, arguments: str, epochs: int, warmup_epochs: float) -> Callable[[float], float]:
+    """Build the function of a plugin's schedule, once: it is called at every step. ``arguments`` are JSON."""
+    schedule: Callable[[float], float] = plugin.build(json.loads(arguments), epochs=epochs, warmup_epochs=warmup_epochs)
+    return schedule
+
+
+def check_schedule(table: SchedulerConfig, epochs: int) -> None:
+    """Raise UserError unless a plugin's schedule is a function with finite factors, at least 0, that has no state."""
+    if not table.name.startswith(PREFIX):
+        return
+    points = [quarter / 4 for quarter in range(4 * epochs)]
+    try:
+        factors = [_base(table, epoch, epochs) for epoch in points]
+        again = [_base(table, epoch, epochs) for epoch in reversed(points)][::-1]
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(
+            f"scheduler.name = {table.name!r} failed: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    for epoch, factor in zip(points, factors, strict=True):
+        if not (math.isfinite(factor) and factor >= 0):
+            raise UserError(f"scheduler.name = {table.name!r} gives {factor} at epoch {epoch:g}: expected 0 or more")
+    if factors != again:
+        raise UserError(
+            f"scheduler.name = {table.name!r} gives other factors when it is called again: it must be a function of "
+            "the epoch alone, so that a resumed run has the same schedule"
+        )
 
 
 def _cosine_between(start: float, end: float, share: float) -> float:

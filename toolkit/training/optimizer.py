@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import UserError
+from toolkit.plugins import PREFIX, find
 from toolkit.recipe.schema import OptimizerConfig
 
 
@@ -17,13 +19,15 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer for ``groups``, each with its own lr and weight_decay.
 
-    sgd, nag, adam and adamw are PyTorch's; all other names are timm's. Raises UserError for arguments that the
-    optimizer does not accept. ``later``: parameters that will be added during training. The choice of the kernel
-    considers them, too: it must be safe for them and must not depend on where a run is resumed.
+    sgd, nag, adam and adamw are PyTorch's; plugin:NAME is a plugin; all other names are timm's. Raises UserError for
+    arguments that the optimizer does not accept. ``later``: parameters that will be added during training. The choice
+    of the kernel considers them, too: it must be safe for them and must not depend on where a run is resumed.
     """
     arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.args.items()}
     if table.momentum is not None:
         arguments["momentum"] = table.momentum
+    if table.name.startswith(PREFIX):
+        return _plugin_optimizer(table, groups)
     fused: dict[str, Any] = {"fused": True} if _can_fuse(table.name, groups, later) else {}
     try:
         match table.name:
@@ -38,6 +42,28 @@ def build_optimizer(
         return _timm_optimizer(table, groups, arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer.name = {table.name!r}: {error}") from None
+
+
+def _plugin_optimizer(table: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Build a plugin's optimizer. Raises UserError unless it keeps the parameter groups with all their entries."""
+    momentum = {} if table.momentum is None else {"momentum": table.momentum}
+    plugin = find("optimizer", table.name.removeprefix(PREFIX))
+    given = [{**group, "params": list(group["params"])} for group in groups]  # add_param_group changes its argument
+    optimizer = plugin.build(table.args, params=groups, lr=table.lr, weight_decay=table.weight_decay, **momentum)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"the optimizer {plugin.name} must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    if len(optimizer.param_groups) != len(given) or not all(map(_is_kept, given, optimizer.param_groups)):
+        raise UserError(
+            f"the optimizer {plugin.name} changes its parameter groups (params): it must keep their number, order and "
+            "entries, because the learning rate of each is set by the schedule"
+        )
+    return optimizer
+
+
+def _is_kept(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Return whether a parameter group has its parameters and entries; the optimizer may add other entries."""
+    same = len(before["params"]) == len(after["params"]) and all(map(operator.is_, before["params"], after["params"]))
+    return same and all(after.get(key) == value for key, value in before.items() if key != "params")
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

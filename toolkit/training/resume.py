@@ -22,6 +22,7 @@ from toolkit.data.datasets import Dataset
 from toolkit.data.splits import SPLITS, check_splits, split_hash
 from toolkit.distributed.process import main_only
 from toolkit.errors import UserError
+from toolkit.plugins import records
 from toolkit.reading import read_bytes
 from toolkit.recipe import Recipe, recipe_hash
 from toolkit.recipe.earlier_versions import update_recipe
@@ -53,7 +54,7 @@ class Resumption:
     display: Console
     allow_changes: bool
     recipe_changed: bool = False
-    """Whether the recipe differs from the checkpoint's (and this was allowed)."""
+    """Whether the recipe or the file of a plugin differs from the checkpoint's (and this was allowed)."""
     files_known: bool = False
     """Whether the stored sizes and times of the image files are still valid; known to the main process only."""
     data_changed: bool = False
@@ -65,11 +66,12 @@ class Resumption:
         return self.recipe_changed or self.data_changed or bool(self.checkpoint.get("best_lost"))
 
     def compare(self) -> None:
-        """Raise UserError if the recipe or metrics.jsonl changed, unless changes are allowed (a collective)."""
+        """Raise UserError if recipe, plugins or metrics.jsonl changed, unless changes are allowed (a collective)."""
         self.recipe_changed = main_only(self.accelerator, self._compare)
 
     def _compare(self) -> bool:
         is_changed = self._compare_recipe()
+        is_changed |= self._compare_plugins()
         self._compare_metrics()
         return is_changed
 
@@ -83,6 +85,22 @@ class Resumption:
                 "edited, or the checkpoint is another run's. Undo this change, or add --allow-changes"
             )
         self.display.log(f"the recipe has changed since the checkpoint was written ({listed})")
+        return True
+
+    def _compare_plugins(self) -> bool:
+        """Return whether the file of a plugin has changed."""
+        before = {(one["kind"], one["name"]): one for one in self.checkpoint.get("plugins", [])}
+        now = records(self.recipe)
+        changed = [
+            f"{one['name']} in {one['file']}" for one in now if _differs(before.get((one["kind"], one["name"])), one)
+        ]
+        if not changed:
+            return False
+        what = ", ".join(changed)
+        listed = f"the file of a plugin has changed since the checkpoint of {self.run.path} was written ({what})"
+        if not self.allow_changes:
+            raise UserError(f"{listed}. Undo this change, or add --allow-changes, or start a new run")
+        self.display.log(listed)
         return True
 
     def _compare_metrics(self) -> None:
@@ -198,6 +216,11 @@ def find_resumption(
     resumption = Resumption(run, recipe, checkpoint, accelerator, display, allow_changes)
     resumption.compare()
     return resumption
+
+
+def _differs(before: dict[str, str | None] | None, now: dict[str, str | None]) -> bool:
+    """Return whether a plugin was defined in another file; of one that the checkpoint did not use, nothing is known."""
+    return before is not None and before["sha256"] != now["sha256"]
 
 
 def _named(dataset: Dataset, splits: Splits) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from toolkit.distributed.batchnorm import local_statistics, restore_statistics
 from toolkit.errors import UserError
+from toolkit.plugins import records
 from toolkit.recipe import recipe_hash
 from toolkit.training.optimizer import load_state
 from toolkit.training.resume import stored_recipe
@@ -64,6 +65,7 @@ def checkpoint_content(trainer: Trainer, processes: list[dict[str, Any]]) -> dic
     return {
         "recipe_hash": recipe_hash(recipe),
         "recipe": stored_recipe(recipe),
+        "plugins": records(recipe),
         "batches": trainer.setup.batches_key,
         "drawn": trainer.setup.drawn,
         "classes": list(trainer.setup.dataset.classes),

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from toolkit.data.torchvision_info import TORCHVISION_SETS
-from toolkit.recipe.catalog.signatures import describe_argument, plain
+from toolkit.signatures import describe_argument, plain
 
 EXCLUDED_TRANSFORMS = {
     "ClampBoundingBoxes": "is for bounding boxes",
