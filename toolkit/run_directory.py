@@ -1,7 +1,7 @@
 """The run directory: its layout, and how its files are written and read. Only this module knows the file names.
 
     <run_root>/<recipe name>/<run id>/
-      recipe.toml        resolved, complete
+      recipe.toml        resolved, complete; written_recipe.toml: as toolkit train DATA wrote it
       environment.json   versions, devices, processes, command, git state
       split.json         image names of each split, and a hash; split-1.json, ...: splits from before the data changed
       metrics.jsonl      one object per logging step and epoch
@@ -155,6 +155,11 @@ class RunDirectory:
     def log_file(self) -> Path:
         """Console output of the run."""
         return self.path / "log.txt"
+
+    @property
+    def written_recipe(self) -> Path:
+        """The recipe that `toolkit train DATA` wrote for this run, with its comments; absent from other runs."""
+        return self.path / "written_recipe.toml"
 
     @property
     def metrics_file(self) -> Path:

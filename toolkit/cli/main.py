@@ -17,6 +17,7 @@ from toolkit.cli.estimate import data, doctor, pack, plan
 from toolkit.cli.export import export, publish, sync
 from toolkit.cli.inference import evaluate, explain, predict
 from toolkit.cli.list_names import datasets, models, optimizers, transforms
+from toolkit.cli.new import new
 from toolkit.cli.options import AsJson, RunPath
 from toolkit.cli.ready_recipes import recipes
 from toolkit.cli.recipe import diff, show, validate
@@ -43,8 +44,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 COMMANDS = (
-    train, recipes, validate, show, diff, plan, data, pack, models, transforms, optimizers, datasets, doctor, bench,
-    cache, submit, status, logs, cancel, study, table, report, evaluate, predict, explain, export, publish, sync,
+    new, train, recipes, validate, show, diff, plan, data, pack, models, transforms, optimizers, datasets, doctor,
+    bench, cache, submit, status, logs, cancel, study, table, report, evaluate, predict, explain, export, publish, sync,
 )  # fmt: skip
 for function in COMMANDS:
     app.command()(function)

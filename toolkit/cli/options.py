@@ -37,11 +37,11 @@ def chosen_recipe(text: str) -> str:
     return path
 
 
-def load_recipe(path: str, overrides: list[str] | None) -> LoadedRecipe:
-    """Load a recipe with the values of ``--set``; print its warnings."""
-    from toolkit.recipe import load  # imports pydantic, which would slow down `toolkit --help`
+def load_recipe(path: str, overrides: list[str] | None, *, text: str | None = None) -> LoadedRecipe:
+    """Load a recipe with the values of ``--set``; print its warnings. ``text``: its content, instead of the file's."""
+    from toolkit.recipe import load, loads  # imports pydantic, which would slow down `toolkit --help`
 
-    loaded = load(path, overrides or [])
+    loaded = load(path, overrides or []) if text is None else loads(text, overrides or [], name=path)
     if is_first_process():
         for warning in loaded.warnings:
             print(warning, file=sys.stderr)

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 def train(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="RECIPE", parser=chosen_recipe, help=f"{RECIPE_HELP} Not needed with --resume RUN."),
+        typer.Argument(
+            metavar="RECIPE|DATA",
+            parser=chosen_recipe,
+            help=f"{RECIPE_HELP} Not needed with --resume RUN. Or data as for toolkit new, whose recipe is then used.",
+        ),
     ] = None,
     set_: Overrides = None,
     resume: Annotated[
@@ -55,8 +59,8 @@ def train(
 
     read_process_info()  # rejects invalid launcher variables before anything else reads them
     run_to_resume = resume if resume in (None, "auto") else str(chosen_run(resume))
-    path = _recipe_path(recipe, run_to_resume)
-    loaded = load_recipe(path, set_)
+    path, written = _recipe_or_data(_recipe_path(recipe, run_to_resume), resume)
+    loaded = load_recipe(path, set_, text=written)
     if loaded.recipe.study is not None:
         raise UserError(f"{recipe} is a study of many runs: toolkit study {recipe}")
     check_launch(loaded.recipe.train)
@@ -72,6 +76,7 @@ def train(
         allow_changes=allow_changes,
         show_module=show_module,
         origins=loaded.origins_dict(path),
+        written_recipe=written,
         began=process_start(),
     )
     if is_first_process():
@@ -112,6 +117,20 @@ def _recipe_path(recipe: str | None, resume: str | None) -> str:
     if resume in (None, "auto"):
         raise UserError("no recipe given: name the TOML file to train, or a ready recipe: toolkit train quickstart")
     return os.path.join(resume, "recipe.toml")
+
+
+def _recipe_or_data(path: str, resume: str | None) -> tuple[str, str | None]:
+    """Return the path of a recipe and None; for data, the name and the text of the recipe written for them."""
+    if path.lower().endswith(".toml"):
+        return path, None
+    from toolkit.new_recipe.source import is_data  # imports pydantic, which would slow down `toolkit --help`
+
+    if not is_data(path):
+        return path, None
+    from toolkit.new_recipe.training import recipe_for_training
+
+    name, text = recipe_for_training(path, resume=resume == "auto", log=lambda line: print(line, file=sys.stderr))
+    return f"{name}.toml", text
 
 
 def show_outcome(run: Run, *, as_json: bool) -> None:

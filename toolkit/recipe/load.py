@@ -50,11 +50,16 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
 
 def loads_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe from TOML text, which must not extend a file. Raises RecipeError."""
-    source = parse("<text>", text)
+    return loads(text, overrides).recipe
+
+
+def loads(text: str, overrides: Sequence[str] = (), *, name: str = "<text>") -> LoadedRecipe:
+    """Like :func:`loads_recipe`, but also return origins and warnings, which call the text ``name``."""
+    source = parse(name, text)
     if "extends" in source.data:
         location = source.location(("extends",), at_key=True)
         raise RecipeError([Diagnostic("error", "a recipe given as text cannot extend a file", ("extends",), location)])
-    return resolve([source, *parse_overrides(overrides)], source.name).recipe
+    return resolve([source, *parse_overrides(overrides)], source.name)
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedRecipe:

@@ -53,6 +53,7 @@ def fit(
     show_module: bool = False,
     quiet: bool = False,
     origins: dict[str, Any] | None = None,
+    written_recipe: str | None = None,
     began: float | None = None,
 ) -> Run:
     """Train ``recipe`` on the processes that a launcher started (or on this one alone) and return the run.
@@ -63,8 +64,9 @@ def fit(
     to the last epoch. ``allow_changes``: allow resuming with a recipe that differs from the one the run was started
     with, and with data that changed since; images that were trained on then stay out of validation and test.
     ``quiet``: write messages to the run's log.txt only. ``origins``: where the recipe's values came from
-    (:meth:`toolkit.recipe.load.LoadedRecipe.origins_dict`), stored in a new run for its report. ``began``: when the
-    command was started, as a time.monotonic() value, to report the time to the first step; None means now.
+    (:meth:`toolkit.recipe.load.LoadedRecipe.origins_dict`), stored in a new run for its report. ``written_recipe``:
+    text of a recipe that was written for this run, kept in a new run with its comments. ``began``: when the command was
+    started, as a time.monotonic() value, to report the time to the first step; None means now.
 
     Raises UserError (bad input, before training), RunFailed (e.g. a non-finite loss) and Interrupted (stopped on
     request, with a checkpoint written).
@@ -86,7 +88,7 @@ def fit(
             recipe, accelerator, display, load_weights=resumption is None, choose_splits=choose_splits
         )
         if run is None:
-            run = _new_run(recipe, accelerator, origins)
+            run = _new_run(recipe, accelerator, origins, written_recipe)
             stack.enter_context(_locked(run, accelerator, display))
         stop.watch(run.path)
         if accelerator.is_main_process:
@@ -114,11 +116,15 @@ def fit(
     return run
 
 
-def _new_run(recipe: Recipe, accelerator: Accelerator, origins: dict[str, Any] | None) -> Run:
+def _new_run(
+    recipe: Recipe, accelerator: Accelerator, origins: dict[str, Any] | None, written_recipe: str | None
+) -> Run:
     """Create a run directory, the same on every process (a collective)."""
     run = Run(Path(main_only(accelerator, lambda: str(create_run(recipe.recipe.run_root, recipe.recipe.name).path))))
     if origins is not None and accelerator.is_main_process:
         run.write_json("origins.json", origins)
+    if written_recipe is not None and accelerator.is_main_process:
+        run.write_text(run.written_recipe.name, written_recipe)
     return run
 
 

@@ -1,0 +1,112 @@
+"""toolkit train DATA: a recipe is written and trained in one go, the same one on all processes, and kept in the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli import toolkit
+from distributed import launch
+from image_folders import write_images
+
+from toolkit.errors import UserError
+from toolkit.new_recipe import training
+from toolkit.new_recipe.training import recipe_for_training
+from toolkit.recipe import loads_recipe
+from toolkit.runs import Run, create_run, open_run
+
+SETTINGS = ("--set", "train.epochs=1", "--set", "tracking.trackers=[]", "--no-report")
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write images of digits in class folders, and make their parent the working directory."""
+    write_images(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    return Path("images")
+
+
+def test_a_folder_is_trained_and_its_recipe_kept(images: Path) -> None:
+    done = toolkit("train", str(images), *SETTINGS, "--json")
+    assert done.status == 0, done.stderr
+    assert "images: 4 classes, 60 images (60 train), 8x8 pixels" in done.stderr
+    run = open_run(json.loads(done.stdout)["run"])
+    assert run.path.parent == Path("runs/images")
+    text = (run.path / "written_recipe.toml").read_text()
+    assert "# 60 images, 15 of the smallest class" in text
+    given = loads_recipe(text, ["train.epochs=1", "tracking.trackers=[]"])
+    assert run.recipe == given
+    assert not list(Path().glob("*.toml")), "only the run has it"
+    assert run.origins["keys"]["data.root"].startswith("images.toml:")
+
+
+def unfinished_run(text: str) -> Run:
+    run = create_run("runs", "images")
+    run.write_text("recipe.toml", text)
+    run.write_text("written_recipe.toml", text)
+    return run
+
+
+def test_resuming_uses_the_recipe_of_the_unfinished_run(images: Path) -> None:
+    def written(*, resume: bool) -> str:
+        return recipe_for_training(str(images), resume=resume, log=lambda line: None).text
+
+    new = written(resume=False)
+    assert written(resume=True) == new, "there is no run yet"
+    unfinished_run(new.replace("batch_size = 8", "batch_size = 4"))
+    assert "batch_size = 4" in written(resume=True)
+    assert written(resume=False) == new
+
+
+def test_all_processes_use_the_recipe_of_the_main_one(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = training.new_recipe
+
+    def only_once(*arguments: object, **options: object) -> object:
+        assert os.environ["RANK"] == "0", "only the main process looks at the data"
+        return write(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "new_recipe", only_once)
+    first, second = launch(2, recipe_for_data, str(images))
+    assert first == second
+    assert "toolkit new images --goal accuracy --processes 2" in first
+    errors = launch(2, recipe_for_data, "missing/")
+    assert errors[0] == errors[1]
+    assert "missing/ is neither a file or folder" in errors[0]
+
+
+def recipe_for_data(argument: str) -> str:
+    try:
+        return recipe_for_training(argument, resume=False, log=lambda line: None).text
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.long
+def test_two_processes_train_a_folder(images: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [*command, "toolkit.train", str(images), *SETTINGS, "--json"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    run = open_run(json.loads(done.stdout)["run"])
+    assert run.processes == 2
+    assert (run.path / "written_recipe.toml").is_file()
+    assert len(list(Path("runs/images").iterdir())) == 1
+
+
+def test_a_recipe_file_without_its_suffix_is_still_a_recipe(images: Path) -> None:
+    refused = toolkit("train", "recipes/mistyped")
+    assert refused.status == 2
+    assert "recipes/mistyped" in refused.stderr
+    assert "data set" not in refused.stderr
+
+
+def test_a_run_directory_is_not_data(images: Path) -> None:
+    run = unfinished_run("")
+    refused = toolkit("train", str(run.path))
+    assert refused.status == 2
+    assert f"to resume it: --resume {run.path}" in refused.stderr

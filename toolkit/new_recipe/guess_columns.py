@@ -1,0 +1,138 @@
+"""Which columns of a table hold paths, labels, splits, groups and weights: by their usual names and their values."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from toolkit.data.folder_layout import split_of
+from toolkit.data.folder_walk import IMAGE_SUFFIXES
+from toolkit.data.table_columns import PATH_COLUMNS
+from toolkit.data.table_files import BadRow, Table
+from toolkit.errors import UserError
+
+ROWS = 2000
+"""Number of rows that are looked at."""
+
+LABELS = ("label", "labels", "class", "classes", "class_name", "target", "category", "tags", "species", "y")
+SPLITS = ("split", "set", "subset", "partition", "fold")
+GROUPS = ("group", "group_id", "patient", "patient_id", "subject", "subject_id", "person", "site", "location", "slide")
+WEIGHTS = ("weight", "sample_weight")
+SEPARATORS = (";", "|")
+"""Separators of several labels in one text. A comma or space may be a part of a name, so neither is taken for one."""
+
+_INDICATORS = {"0", "1", "0.0", "1.0", "true", "false"}
+
+
+@dataclass(frozen=True)
+class GuessedColumns:
+    """What [data] says about a table's columns."""
+
+    columns: dict[str, Any]
+    separator: str | None
+    root: str | None
+    """Folder that paths are relative to; None for the table's own."""
+    why: str
+
+
+def guess_columns(table: Table) -> GuessedColumns:
+    """Choose the columns. Raises UserError, with all columns, if there is none for the images or the labels."""
+    rows = [row for _, row in islice(table.read(table.columns), ROWS) if not isinstance(row, BadRow)]
+    if not rows:
+        raise UserError(f"{table.path} has no rows below the names of its columns")
+    values = {name: [row[i] for row in rows] for i, name in enumerate(table.columns)}
+    image = _image_column(table, values)
+    rest = {name: found for name, found in values.items() if name != image}
+    columns: dict[str, Any] = {"image": image}
+    for key, usual in (("split", SPLITS), ("group", GROUPS), ("weight", WEIGHTS)):
+        name = _named(rest, usual)
+        if name is not None and (key != "split" or all(split_of(str(one)) for one in rest[name])):
+            columns[key] = name
+            del rest[name]
+    columns["label"] = _label_columns(table, rest)
+    separator = _separator(rest.get(columns["label"], ())) if isinstance(columns["label"], str) else None
+    why = "; ".join(f"{key} is {_shown(name)}" for key, name in columns.items())
+    root = None if image in table.encoded else _root(table.path, [str(one) for one in values[image][:20]])
+    return GuessedColumns(
+        columns, separator, root, f"columns by their names and values ({len(rows):,} rows seen): {why}"
+    )
+
+
+def _shown(name: str | list[str]) -> str:
+    return name if isinstance(name, str) else f"{len(name)} columns of 0 and 1"
+
+
+def _named(values: Iterable[str], usual: Iterable[str]) -> str | None:
+    """Return the first column with a usual name, ignoring case."""
+    by_name = {name.strip().lower(): name for name in values}
+    return next((by_name[name] for name in usual if name in by_name), None)
+
+
+def _image_column(table: Table, values: dict[str, list[Any]]) -> str:
+    found = _named(values, PATH_COLUMNS)
+    if found is not None:
+        return found
+    encoded = [name for name in values if name in table.encoded]
+    paths = [name for name, column in values.items() if all(_is_image(one) for one in column)]
+    if not encoded and not paths:
+        raise UserError(
+            f"{table.path} has no column of image paths (ending in .jpg, .png, ...) or images; its columns are "
+            f"{', '.join(table.columns[:30])}. Is it a table of images?"
+        )
+    return [*encoded, *paths][0]
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _label_columns(table: Table, values: dict[str, list[Any]]) -> str | list[str]:
+    """Return the label column, or several that have 1 for each label of an image."""
+    found = _named(values, LABELS)
+    if found is not None:
+        return found
+    flags = [name for name, column in values.items() if all(str(one).strip().lower() in _INDICATORS for one in column)]
+    if len(flags) >= 2:
+        return flags
+    others = [name for name, column in values.items() if 1 < _distinct(column) <= len(column) // 2]
+    if len(others) == 1:
+        return others[0]
+    raise UserError(
+        f"{table.path} has no column with a usual name for labels ({', '.join(LABELS[:4])}, ...); its columns are "
+        f"{', '.join(table.columns[:30])}. Rename the one with the labels to label, or write the recipe by hand: "
+        "docs/data.md"
+    )
+
+
+def _distinct(column: list[Any]) -> int:
+    return len({str(one) for one in column})
+
+
+def _separator(column: Iterable[Any]) -> str | None:
+    """Return the separator of several labels in a text, if the parts occur in several combinations."""
+    texts = [one for one in column if isinstance(one, str)]
+    for separator in SEPARATORS:
+        several = [text for text in texts if separator in text]
+        parts = Counter(part.strip() for text in texts for part in text.split(separator) if part.strip())
+        if several and len(parts) <= len(set(texts)):
+            return separator
+    return None
+
+
+def _root(table: Path, paths: list[str]) -> str | None:
+    """Return the folder next to the table in which most paths exist; None if that is the table's own."""
+    own = table.parent
+    candidates = [own, *sorted(child for child in own.iterdir() if child.is_dir()), Path(".")]
+    counts = {folder: sum(os.path.exists(folder / path) for path in paths) for folder in candidates}
+    best = max(candidates, key=lambda folder: counts[folder])
+    if not counts[best]:
+        raise UserError(
+            f"{table} lists {paths[0]}, which is neither in {own} nor in a folder next to the table: are the images "
+            "elsewhere? Paths are relative to the table"
+        )
+    return None if best == own else str(best)

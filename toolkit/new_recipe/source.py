@@ -1,0 +1,142 @@
+"""What the argument of `toolkit new` refers to: a folder, an archive, a table, shards, or the name of a data set."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from toolkit.data.dataset_info import DATASETS
+from toolkit.data.folder_walk import list_folder
+from toolkit.data.shard_index import INDEX_NAME
+from toolkit.data.table_files import FORMATS, open_table_file
+from toolkit.data.torchvision_info import TORCHVISION_SETS
+from toolkit.errors import UserError
+from toolkit.new_recipe.guess_columns import guess_columns
+from toolkit.recipe.base import NAME_LENGTH
+from toolkit.similar_names import did_you_mean
+
+ARCHIVES = (".zip", ".tar")
+CALTECH_FOLDER = "101_ObjectCategories"
+NEEDS_FILES = ("table", "imagefolder", "shards", "torchvision", "huggingface")
+"""Values of data.dataset that do not name a data set by themselves."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """The keys of [data] that read some data."""
+
+    name: str
+    """Name for the recipe."""
+    keys: dict[str, Any]
+    why: str
+    """How it was recognized, as a comment for the recipe."""
+    more: dict[str, str] = field(default_factory=dict)
+    """Comments for single keys, such as ``columns``."""
+
+
+def is_data(argument: str) -> bool:
+    """Return whether the argument of `toolkit train` is data, not a recipe: a path to them, or a data set's name."""
+    suffix = os.path.splitext(argument)[1].lower()
+    if suffix == ".toml":
+        return False
+    if os.path.exists(argument):
+        return os.path.isdir(argument) or suffix in (*FORMATS, *ARCHIVES)
+    return argument in DATASETS or argument in TORCHVISION_SETS or "://" in argument
+
+
+def find_source(argument: str) -> DataSource:
+    """Return how to read what the argument refers to; an existing path has precedence over a name. Raises UserError."""
+    path = Path(argument)
+    if "://" in argument:
+        return DataSource(_name(argument), {"dataset": "shards", "root": argument}, f"the shards at {argument}")
+    if path.is_dir():
+        return _folder(path)
+    suffix = path.suffix.lower()
+    if path.exists() and suffix in FORMATS:
+        return _table(path)
+    if path.exists() and suffix in ARCHIVES:
+        why = f"{path.name} holds class folders and is read in place, without unpacking it"
+        return DataSource(_name(path.stem), {"dataset": "imagefolder", "root": argument}, why)
+    if path.exists():
+        raise UserError(
+            f"{argument} is neither a folder nor a table ({', '.join(FORMATS)}) nor an archive "
+            f"({', '.join(ARCHIVES)}): name the folder of class folders, or a table that lists the images"
+        )
+    return _named(argument)
+
+
+def _folder(path: Path) -> DataSource:
+    if (path / "recipe.toml").is_file() or (path / "study.json").is_file():
+        raise UserError(f"{path} is a run or study directory, not a folder of images; to resume it: --resume {path}")
+    root, name = str(path), _name(path.resolve().name)
+    hub = {"dataset": "huggingface", "name": root}
+    for folder in (path, path / "caltech101"):
+        if (folder / CALTECH_FOLDER).is_dir():
+            why = f"{folder / CALTECH_FOLDER} is Caltech-101"
+            return DataSource("caltech101", {"dataset": "caltech101", "root": root}, why)
+    listing = list_folder(path)
+    files = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
+    if INDEX_NAME in files or any(file.endswith(".tar") for file in files):
+        count = sum(file.endswith(".tar") for file in files)
+        return DataSource(name, {"dataset": "shards", "root": root}, f"{count} tar files: shards of images")
+    if {"dataset_dict.json", "state.json", "dataset_info.json"} & set(files):
+        return DataSource(name, hub, "a data set saved by the library `datasets`")
+    tables = [file for file in files if Path(file).suffix.lower() in FORMATS]
+    parquet = [*path.glob("*.parquet"), *path.glob("data/*.parquet")]
+    if len(parquet) > 1:
+        return DataSource(name, hub, f"{len(parquet)} Parquet files, read by the library `datasets`")
+    if any((path / folder / "metadata.csv").is_file() for folder in listing.folders):
+        return DataSource(name, hub, "folders with metadata.csv, read by the library `datasets`")
+    holds_images = any(list_folder(path / one).images for one in listing.folders)
+    if len(tables) == 1 and (listing.images or len(listing.folders) <= 1):
+        return _table(path / tables[0])
+    if not listing.folders:
+        raise UserError(_no_class_folders(path, len(listing.images), tables))
+    if len(tables) > 1 and not holds_images:
+        raise UserError(f"{path} holds several tables ({', '.join(tables[:5])}): name the one to train on")
+    return DataSource(name, {"dataset": "imagefolder", "root": root}, "")
+
+
+def _no_class_folders(path: Path, images: int, tables: list[str]) -> str:
+    if tables:
+        return f"{path} holds several tables ({', '.join(tables[:5])}): name the one to train on"
+    found = f"it holds {images:,} images without labels" if images else "it is empty"
+    return (
+        f"{path} has no class folders: {found}. Sort the images into {path}/<class>/, or list them with their labels "
+        "in a table (.csv) and name that"
+    )
+
+
+def _table(path: Path) -> DataSource:
+    table = open_table_file(path)
+    found = guess_columns(table)
+    keys: dict[str, Any] = {"dataset": "table", "table": str(path)}
+    if found.root is not None:
+        keys["root"] = found.root
+    keys["columns"] = found.columns
+    if found.separator is not None:
+        keys["label_separator"] = found.separator
+    return DataSource(_name(path.stem), keys, f"one row per image in {path.name}", {"columns": found.why})
+
+
+def _named(argument: str) -> DataSource:
+    if argument in DATASETS and argument not in NEEDS_FILES:
+        keys = {"dataset": argument} if argument == "digits" else {"dataset": argument, "root": "data"}
+        return DataSource(argument, keys, DATASETS[argument].description)
+    if argument in TORCHVISION_SETS:
+        keys = {"dataset": "torchvision", "name": argument, "root": "data"}
+        return DataSource(_name(argument.lower()), keys, TORCHVISION_SETS[argument].description)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", argument):
+        return DataSource(_name(argument), {"dataset": "huggingface", "name": argument}, "a data set of the hub")
+    names = [*(name for name in DATASETS if name not in NEEDS_FILES), *TORCHVISION_SETS]
+    hint = did_you_mean(argument, names, prefix="; ", otherwise="; `toolkit datasets` lists the names")
+    raise UserError(f"{argument} is neither a file or folder nor the name of a data set{hint}")
+
+
+def _name(text: str) -> str:
+    """Return a valid recipe name made of a path's or data set's name."""
+    name = re.sub(r"[^\w+=,@-]+", "-", text.replace("://", "-")).strip("-_+=,@")
+    return name[:NAME_LENGTH].rstrip("-_+=,@") or "images"

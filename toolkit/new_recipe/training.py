@@ -1,0 +1,72 @@
+"""The recipe of `toolkit train DATA`: written by the main process, and used by all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from toolkit.distributed.launcher import ProcessInfo, read_process_info
+from toolkit.errors import UserError
+from toolkit.new_recipe.source import find_source
+from toolkit.new_recipe.write import new_recipe
+from toolkit.runs import runs_of
+
+
+class WrittenRecipe(NamedTuple):
+    """A recipe as text."""
+
+    name: str
+    text: str
+
+
+def recipe_for_training(
+    argument: str, *, resume: bool, run_root: str = "runs", log: Callable[[str], None]
+) -> WrittenRecipe:
+    """Return the recipe for data, the same on all processes that the launcher started (a collective).
+
+    ``resume``: return that of the newest unfinished run of these data, if there is one, since what can be chosen here
+    may have changed. Raises UserError, on all processes, for data that cannot be trained on.
+    """
+    info = read_process_info()
+    world = 1 if info is None else info.world
+    if info is None or world == 1:
+        return _written(argument, world, resume, run_root, log)
+    return _shared(info, lambda: _written(argument, world, resume, run_root, log))
+
+
+def _written(argument: str, processes: int, resume: bool, run_root: str, log: Callable[[str], None]) -> WrittenRecipe:
+    if resume:
+        name = find_source(argument).name
+        for run in runs_of(run_root, name):
+            if not run.is_finished and run.written_recipe.is_file():
+                return WrittenRecipe(name, run.written_recipe.read_text(encoding="utf-8"))
+    found = new_recipe(argument, processes=processes, log=log)
+    return WrittenRecipe(found.name, found.text)
+
+
+def _shared(info: ProcessInfo, write: Callable[[], WrittenRecipe]) -> WrittenRecipe:
+    """Return what ``write`` returns on the main process, or raise its UserError, on all processes (a collective).
+
+    They join for this alone, over gloo, and leave: training joins with the backend and precision of the recipe.
+    """
+    import torch.distributed as dist
+
+    from toolkit.distributed.failure_detection import close_failure_detector
+    from toolkit.distributed.rendezvous import join
+
+    join(info, "gloo")
+    result: WrittenRecipe | UserError | None = None
+    if info.rank == 0:
+        try:
+            result = write()
+        except UserError as error:
+            result = error
+    box = [result]
+    dist.broadcast_object_list(box, src=0)
+    shared = box[0]
+    if isinstance(shared, UserError):
+        raise shared
+    close_failure_detector()
+    dist.destroy_process_group()
+    assert shared is not None
+    return shared
