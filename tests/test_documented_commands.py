@@ -21,6 +21,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RE
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 ELSEWHERE = {
+    r"toolkit new .*": "test_new_recipe.py::test_",
+    r"toolkit train (flowers|DATA|digits\.toml|digits_png|caltech101)": (
+        "test_train_data.py::test_a_folder_is_trained_and_its_recipe_kept"
+    ),
     r"toolkit submit .*": "test_slurm_cluster.py::test_a_run_on_two_nodes_equals_a_run_in_one_process",
     r"toolkit submit (STUDY|recipes/studies/|search).*": (
         "test_slurm_arrays.py::test_a_resubmitted_array_trains_only_the_run_that_failed"

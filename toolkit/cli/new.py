@@ -30,7 +30,9 @@ def new(
     ] = None,
     goal: Annotated[
         Literal["accuracy", "fast", "small"],
-        typer.Option(help="What matters most: accuracy, a short training, or a small network."),
+        typer.Option(
+            metavar="GOAL", help="What matters most: accuracy, fast (a short training) or small (a small network)."
+        ),
     ] = "accuracy",
     processes: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Training processes. Default: one for each GPU.")
