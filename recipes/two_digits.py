@@ -1,9 +1,9 @@
-"""Write a multi-label data set: two of scikit-learn's 8x8 digits side by side, labeled with the set of both.
+"""Write a multi-label data set: images of two of scikit-learn's 8x8 digits side by side, labeled with both.
 
 Usage: python recipes/two_digits.py [FOLDER]     (default: data/two_digits)
 
-FOLDER gets the images and labels.csv with the columns image, label (such as "three;seven") and split. Training,
-validation and test images are made of different digits. The same images are written on every machine.
+Writes the images to FOLDER, and labels.csv with the columns image, label (such as "three;seven") and split. Training,
+validation and test images are made from different handwritten digits. The images are the same on every machine.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from sklearn.datasets import load_digits
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGES = {"train": 6000, "validation": 1000, "test": 1000}
 DIGITS = {"train": (0, 1200), "validation": (1200, 1500), "test": (1500, 1797)}
-"""The digits that each split uses, as a half-open range of scikit-learn's set in a random order."""
+"""Range (end excluded) of scikit-learn's digits, in random order, that each split is made from."""
 
 
 def write(folder: Path, images: Mapping[str, int] = IMAGES) -> Path:
-    """Write the given numbers of images per split; return the path of labels.csv."""
+    """Write the given number of images for each split and return the path of labels.csv."""
     digits, random = load_digits(), np.random.default_rng(0)
     order = random.permutation(len(digits.target))
     pixels, targets = np.rint(digits.images[order] * (255 / 16)).astype(np.uint8), digits.target[order]

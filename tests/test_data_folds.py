@@ -196,8 +196,8 @@ def test_the_fold_is_the_validation_split_if_the_test_split_is_given() -> None:
             "splits: validation is fold 1 of 4 of the training images (stratified); test is "
         )
     assert describe_splits(dataset(labels, labels), config(folds=4)) == (
-        "splits: validation is 0.1 (stratified, no group divided) of the training images; test is fold 0 of 4 of the "
-        "training images (stratified, no group divided)"
+        "splits: validation is 0.1 (stratified, without dividing groups) of the training images; test is fold 0 of 4 "
+        "of the training images (stratified, without dividing groups)"
     )
 
 

@@ -208,7 +208,7 @@ def test_splits_have_any_usual_name_and_those_that_are_0_are_not_used(digits: Pa
     DatasetDict(parts).save_to_disk(tmp_path / "saved")
     data = open_(tmp_path / "saved", split={"test": 0})
     assert {split: len(indices) for split, indices in data.lists.items()} == {"train": 30, "validation": 30}
-    assert "not used, because their names are not those of splits: unsupervised" in data.notes
+    assert "splits that are not used, because their names are unknown: unsupervised" in data.notes
     DatasetDict({"test": parts["test"]}).save_to_disk(tmp_path / "only")
     assert set(open_(tmp_path / "only").lists) == {"train"}
 
@@ -216,12 +216,12 @@ def test_splits_have_any_usual_name_and_those_that_are_0_are_not_used(digits: Pa
 @pytest.mark.parametrize(
     ("change", "values", "message"),
     [
-        (lambda data: data.remove_columns("image"), {}, "has no column of images, only label"),
-        (lambda data: data.remove_columns("label"), {}, "has no column 'label', only image: name one in data.columns"),
-        (lambda data: data.cast_column("label", Value("float32")), {}, "holds float32 numbers, as for regression"),
+        (lambda data: data.remove_columns("image"), {}, "has no image column, only label"),
+        (lambda data: data.remove_columns("label"), {}, "has no column 'label', only image: select one with data.c"),
+        (lambda data: data.cast_column("label", Value("float32")), {}, "contains float32 numbers, as for regression"),
         (lambda data: data.map(lambda row: {"label": 3}), {}, "without a training image|has only the class"),
         (lambda data: data, {"columns": {"label": "lable"}}, "has no column 'lable', only image, label"),
-        (lambda data: data, {"columns": {"image": "label"}}, "the column 'label' holds no images"),
+        (lambda data: data, {"columns": {"image": "label"}}, "the column 'label' contains "),
         (lambda data: data, {"columns": {"image": "c"}}, "the column 'c' is not among image, label"),
         (lambda data: data.rename_columns({"image": "a", "label": "b"}), {}, None),
     ],

@@ -158,7 +158,7 @@ def test_images_that_are_missing_or_cannot_be_decoded_are_named(tmp_path: Path) 
         ({"label": [0, 1, 2]}, {"columns": {"image": "jpg"}},
          "ROOT has no column 'jpg', only image, label; data.columns.image sets the column to read"),
         ({"label": [0, 1, 2]}, {"columns": {"image": "label"}},
-         "the column 'label' of ROOT/0.parquet does not hold the bytes of images"),
+         "the column 'label' of ROOT/0.parquet does not contain the bytes of images"),
     ],
 )  # fmt: skip
 def test_faulty_rows_and_columns_are_named(

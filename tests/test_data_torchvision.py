@@ -162,7 +162,7 @@ def test_a_split_that_is_0_is_not_read(tmp_path: Path, monkeypatch: pytest.Monke
     WRITERS["FER2013"](tmp_path, monkeypatch.setattr)
     (tmp_path / "fer2013/fer2013.csv").rename(tmp_path / "fer2013/train.csv")
     (tmp_path / "fer2013/test.csv").write_text("pixels\n" + " ".join(["0"] * 48 * 48) + "\n")
-    with pytest.raises(UserError, match=r"test list of FER2013 has images without a label; set data\.split\.test = 0"):
+    with pytest.raises(UserError, match=r"test list of FER2013 has images without labels; set data\.split\.test = 0"):
         open_("FER2013", tmp_path)
     assert set(open_("FER2013", tmp_path, split={"test": 0}).lists) == {"train"}
 
@@ -171,7 +171,7 @@ def test_a_class_without_images_is_left_out(tmp_path: Path, monkeypatch: pytest.
     WRITERS["EMNIST"](tmp_path, monkeypatch.setattr)
     data = open_("EMNIST", tmp_path)
     assert data.classes[:2] == ["a", "b"]
-    assert data.notes == ("left out of the classes, because no image has them: N/A",)
+    assert data.notes == ("classes that are left out, because they have no images: N/A",)
 
 
 def test_missing_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_lists_with_different_classes_are_an_error(tmp_path: Path, monkeypatch: 
     WRITERS["DTD"](tmp_path, monkeypatch.setattr)
     images(tmp_path / "dtd/dtd/images", ["woven/woven_1.jpg"])
     text(tmp_path / "dtd/dtd/labels/val1.txt", "woven/woven_1.jpg")
-    with pytest.raises(UserError, match="validation list of DTD has other classes than the training list"):
+    with pytest.raises(UserError, match="validation list of DTD does not have the same classes as the training list"):
         open_("DTD", tmp_path)
 
 

@@ -311,7 +311,7 @@ def test_a_wrong_image_size_is_reported_with_the_expected_one() -> None:
     uncropped = Preprocessing(3, (32, 32), 32, False, "bilinear", HALF, HALF)
     transform = build_transform("test", AugmentConfig(), uncropped)
     assert transform(to_pixels(photograph(50, 50), 3)).shape == (3, 32, 32)
-    with pytest.raises(UserError, match=r"32 x 64 pixels out of one of 50 x 100, but data.image_size is 32"):
+    with pytest.raises(UserError, match=r"32 x 64 pixels from one of 50 x 100, but data.image_size is 32"):
         transform(to_pixels(photograph(50, 100), 3))
 
 

@@ -128,7 +128,7 @@ def test_an_unknown_range_is_refused_and_can_be_stated_in_the_recipe(
         settled(images)
     for part in (name, f"from {low:g} to {high:g}", "data.value_range = [BLACK, WHITE]"):
         assert part in str(caught.value)
-    with pytest.raises(UnreadableImageError, match="not known which value is white; convert it to 8 bits"):
+    with pytest.raises(UnreadableImageError, match="the value that means white is unknown; convert it to 8 bits"):
         images.load(0)
     pixels = images.with_range((low, high)).load(0)[..., 0].astype(int)
     assert np.abs(pixels - GRAYS).max() <= (15 if factor == 9 else 1)
@@ -150,7 +150,8 @@ def test_a_single_image_is_accepted_only_if_its_range_is_unambiguous(tmp_path: P
     images = EncodedImages(ImageFiles(tmp_path, ["full.png", "twelve.png"]), 1)
     assert np.array_equal(images.load(0)[..., 0], np.rint(np.rint(RAMP * 65535) * 255 / 65535))
     with pytest.raises(
-        UnreadableImageError, match=r"twelve\.png: it has integer samples.* from 0 to 4095, and it is not known which"
+        UnreadableImageError,
+        match=r"twelve\.png: it has integer samples.* from 0 to 4095, and the value that means white",
     ):
         images.load(1)
 

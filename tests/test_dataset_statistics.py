@@ -47,7 +47,7 @@ def test_groups_are_counted_in_each_split_and_across() -> None:
     [
         ("RGB", "a.jpg", "JPEG, 3 x 8 bits"),
         ("RGBA", "a.png", "PNG, 4 x 8 bits"),
-        ("P", "a.png", "PNG, palette of 8 bits"),
+        ("P", "a.png", "PNG, 8-bit palette"),
         ("1", "a.png", "PNG, 1 x 1 bit"),
         ("I;16", "a.png", "PNG, 1 x 16 bits"),
         ("I;16", "a.tif", "TIFF, 1 x 16 bits"),

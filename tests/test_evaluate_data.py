@@ -63,7 +63,7 @@ def test_a_recipe_gives_one_of_its_splits_or_all_its_images(run: Run, tmp_path: 
     assert (found["name"], found["metrics"]) == ("recipe-validation", own)
     found = evaluation(toolkit("evaluate", run.path, "--data", recipe, "--json"))
     assert found["images"] == sum(len(run.split[split]) for split in ("train", "validation", "test"))
-    assert found["notes"] == ["72 of these images are training images of the run"]
+    assert found["notes"] == ["72 of these images were training images of the run"]
 
 
 def test_classes_are_matched_by_name_and_missing_ones_are_named(run: Run, images: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_table_gives_the_metrics_of_the_folder(run: Run, images: Path) -> None
     assert (found["name"], found["split"]) == ("labels-test", "test")
     assert found["metrics"] == folder["metrics"]
     refused = toolkit("evaluate", run.path, "--data", table, "--split", "validation")
-    assert "the data set has no validation images, only train, test; without --split all are" in refused.stderr
+    assert "the data set has no validation images, only train, test; without --split, all images are" in refused.stderr
 
 
 def test_a_table_may_have_test_images_of_one_class_only(run: Run, images: Path) -> None:
@@ -114,7 +114,7 @@ def test_unknown_classes_are_refused_or_left_out(run: Run, images: Path) -> None
         folder.rename(images / f"digit{folder.name}")
     refused = toolkit("evaluate", run.path, "--data", images, "--name", "renamed", "--ignore-unknown-classes")
     assert refused.status == 2
-    assert "none of the classes of" in refused.stderr
+    assert "has the name of a class of the model" in refused.stderr
 
 
 def test_two_processes_write_the_same_evaluation(run: Run, images: Path) -> None:
@@ -145,8 +145,8 @@ def test_the_report_shows_other_data_sets_beside_the_run_s_own(run: Run, images:
     ("arguments", "message"),
     [
         (("--data", "nowhere"), "--data nowhere does not exist: expected a recipe"),
-        (("--name", "x"), "give it with --data"),
-        (("--data", "{images}", "--data-root", "."), "only the other data set is read"),
+        (("--name", "x"), "need --data, which selects another data set"),
+        (("--data", "{images}", "--data-root", "."), "which are not read with --data"),
         (("--data", "{images}", "--name", "a/b"), "'a/b' cannot be the name of a folder"),
         (("--data", "{images}", "--split", "val"), "did you mean validation?"),
     ],
@@ -164,7 +164,7 @@ def test_an_evaluation_is_not_replaced_by_that_of_other_data(run: Run, images: P
     other = Path(shutil.copytree(images, images.parent / "other" / "photos"))
     outcome = toolkit("evaluate", run.path, "--data", other)
     assert outcome.status == 2
-    assert f"holds the evaluation on --data {images}; choose another name with --name" in outcome.stderr
+    assert f"contains the evaluation on --data {images}; choose another name with --name" in outcome.stderr
 
 
 def test_an_unreadable_image_is_named(run: Run, images: Path) -> None:

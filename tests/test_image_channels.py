@@ -105,7 +105,7 @@ def test_another_number_of_channels_is_a_fault_of_the_image(tmp_path: Path) -> N
     np.save(tmp_path / "a.npy", noise(9, 40, 5))
     tifffile.imwrite(tmp_path / "a.tif", noise(9, 40, 5), photometric="minisblack", planarconfig="contig")
     Image.fromarray(noise(9, 40, 3)).save(tmp_path / "a.png")
-    advice = "(if all images are like it, set data.channels = {})"
+    advice = "(if this is true of all images, set data.channels = {})"
     for name in ("a.npy", "a.tif"):
         for channels in (8, 3):
             expected = f"it has 5 channels, but data.channels is {channels} {advice.format(5)}"

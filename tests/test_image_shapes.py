@@ -239,7 +239,7 @@ def test_explained_areas_leave_out_the_background(tmp_path: Path) -> None:
     assert toolkit("explain", run.path, file, "-o", tmp_path / "maps").status == 0
     assert toolkit("export", run.path, "--format", "safetensors", "-o", tmp_path / "out").status == 0
     steps = json.loads((tmp_path / "out" / "preprocessing.json").read_text())["steps"]
-    assert any("with the aspect ratio kept to fit into 8 x 14" in step for step in steps)
+    assert any("keeping the aspect ratio, to fit into 8 x 14" in step for step in steps)
     assert any("padding smaller images with the color [128, 128, 128]" in step for step in steps)
 
 
@@ -339,7 +339,7 @@ def test_features_of_a_frozen_backbone_are_those_of_each_splits_size(tmp_path: P
 
 def test_a_vit_needs_embeddings_for_any_size_to_be_evaluated_at_another_one() -> None:
     table = ModelConfig(source="timm", name="vit_tiny_patch16_224", args={"depth": 1})
-    with pytest.raises(UserError, match=r"does not take images of 96 x 96 pixels; .*dynamic_img_size = true"):
+    with pytest.raises(UserError, match=r"does not accept images of 96 x 96 pixels; .*dynamic_img_size = true"):
         check_sizes(build_model(table, 3, 3, 64), table, 3, [(96, 96)])
     dynamic = table.model_copy(update={"args": {"depth": 1, "dynamic_img_size": True}})
     check_sizes(build_model(dynamic, 3, 3, 64), dynamic, 3, [(96, 96), (64, 96)])

@@ -300,7 +300,7 @@ def test_labels_of_other_data_that_are_unknown_or_never_vary(run: Run, table: Pa
         rows = list(csv.DictReader(file))
     name, other = str(rows[0]["first"]), table.parent / "other.csv"
     for label, message in (
-        ("new", "none of the classes of"),
+        ("new", "has the name of a class of the model"),
         ("", "no image of"),
         (name, "no label is present in some of the 200 given images"),
     ):

@@ -84,7 +84,7 @@ def test_a_changed_file_is_kept_unless_it_may_be_overwritten() -> None:
     base.unlink()
     refused = toolkit("recipes", "copy", "convnet_cifar10_dropout")
     assert refused.status == 2
-    assert refused.stderr == f"{changed}: exists with other content; --overwrite replaces it\n"
+    assert refused.stderr == f"{changed}: exists with different content; --overwrite replaces it\n"
     assert changed.read_text() == "mine"
     assert not base.exists(), "nothing is written after a refusal"
     assert toolkit("recipes", "copy", "convnet_cifar10_dropout", "--overwrite").status == 0
@@ -95,12 +95,15 @@ def test_a_changed_file_is_kept_unless_it_may_be_overwritten() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["copy", "quickstrat"], "there is no ready recipe 'quickstrat'; did you mean quickstart?"),
-        (["show", "digits_seed"], "there is no ready recipe 'digits_seed'; did you mean digits_seeds or "),
+        (["copy", "quickstrat"], "there is no ready-made recipe 'quickstrat'; did you mean quickstart?"),
+        (["show", "digits_seed"], "there is no ready-made recipe 'digits_seed'; did you mean digits_seeds or "),
         (["show", "augmentation"], "did you mean papers/giunta/augmentation or papers/yildiz/augmentation?"),
-        (["show", "qqqqq"], "there is no ready recipe 'qqqqq'; toolkit recipes lists them"),
+        (["show", "qqqqq"], "there is no ready-made recipe 'qqqqq'; toolkit recipes lists them"),
         (["copy"], "toolkit recipes copy needs the name of a recipe"),
-        (["show", "quickstart", "here"], "DEST and --overwrite are only for toolkit recipes copy NAME [DEST]"),
+        (
+            ["show", "quickstart", "here"],
+            "DEST and --overwrite are only possible with toolkit recipes copy NAME [DEST]",
+        ),
         (["list", "quickstart"], "toolkit recipes show quickstart prints a recipe"),
         (
             ["copy", "vgg16_caltech", "x.toml"],

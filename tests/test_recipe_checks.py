@@ -73,12 +73,12 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ["model.args={drop_path_rate=0.1}"],
     ),
     (
-        "error: data.image_size: torchvision's vit_b_16 takes square images only, not 32 x 64 pixels",
+        "error: data.image_size: torchvision's vit_b_16 accepts only square images, not 32 x 64 pixels",
         ['model.name="vit_b_16"', "data.image_size=[32, 64]"],
         ['model.name="vit_b_16"', "data.image_size=64"],
     ),
     (
-        'error: data.resize: "letterbox" pads images to image_size in place of the crop',
+        'error: data.resize: "letterbox" pads images to image_size instead of cropping them',
         ['data.resize="letterbox"', 'data.crop="none"'],
         ['data.resize="letterbox"'],
     ),
@@ -93,7 +93,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['model.name="resnet18"', "data.image_size=64", "data.progressive_sizes=[32, 48, 64]"],
     ),
     (
-        "error: data.eval_image_size: the ConvNet takes inputs of one size only, 8 x 8",
+        "error: data.eval_image_size: the ConvNet accepts only inputs of 8 x 8 pixels",
         [*CONVNET, "data.image_size=8", "data.eval_image_size=16"],
         [*CONVNET, "data.image_size=8", "data.eval_image_size=8"],
     ),
@@ -103,12 +103,12 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['data.dataset="cifar10"', "data.channels=1"],
     ),
     (
-        "error: augment.train[0]: ColorJitter is for images of 1 or 3 channels, not 5",
+        "error: augment.train[0]: ColorJitter needs images with 1 or 3 channels, not 5",
         [*FOLDER, "data.channels=5", 'augment.train=[{name="ColorJitter", hue=0.1}]'],
         [*FOLDER, "data.channels=5", 'augment.train=[{name="RandomRotation", degrees=3}]'],
     ),
     (
-        "error: augment.auto_augment: timm's policies are for images of 1 or 3 channels, not 5",
+        "error: augment.auto_augment: timm's policies need images with 1 or 3 channels, not 5",
         [*FOLDER, "data.channels=5", 'augment.auto_augment="rand-m9"'],
         [*FOLDER, "data.channels=3", 'augment.auto_augment="rand-m9"'],
     ),
@@ -418,7 +418,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ),
     ("error: data.split.fold: needs data.split.folds", ["data.split.fold=1"], ["data.split.fold=0"]),
     (
-        "error: data.split.folds: with a fixed data.split.test the fold is the validation split",
+        "error: data.split.folds: with a fixed data.split.test, the fold is the validation split",
         ["data.split.folds=5", "data.split.test=0", "data.split.validation=0", 'train.best_metric="last"'],
         ["data.split.folds=5", "data.split.validation=0", 'train.best_metric="last"'],
     ),

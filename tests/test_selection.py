@@ -197,7 +197,7 @@ def test_status_explain_export_and_publish_work_without_validation_and_test(bare
     assert "finished  3/3" in toolkit("status", bare.path).stdout
     outcome = toolkit("explain", bare.path)
     assert outcome.status == 2
-    assert "no test images, so there are no mistakes to explain: give images" in outcome.stderr
+    assert "no test images, so there are no mistakes to explain: specify images" in outcome.stderr
     exported = toolkit("export", bare.path, "--format", "safetensors", "-o", tmp_path / "exported")
     assert exported.status == 0, exported.stderr
     state = safetensors.torch.load_file(tmp_path / "exported" / "model.safetensors")

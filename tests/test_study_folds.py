@@ -51,7 +51,7 @@ def test_a_fold_that_does_not_exist_or_is_searched_for_is_refused(tmp_path: Path
     with pytest.raises(RecipeError, match="3 is not one of the 3 folds"):
         expand(read_study(write(tmp_path, grid(**{FOLD: [0, 3]}))))
     space = "[study.random]\nruns = 2\n[study.space]\ndata.split.fold = { choice = [0, 1] }\n"
-    with pytest.raises(RecipeError, match=r"data\.split\.fold cannot be searched for"):
+    with pytest.raises(RecipeError, match=r"data\.split\.fold cannot be a search parameter"):
         read_study(write(tmp_path, space))
 
 

@@ -316,13 +316,13 @@ def test_the_defaults_suit_the_kind_of_task() -> None:
 @pytest.mark.parametrize(
     ("kind", "more", "message"),
     [
-        ("multi_label", 'loss = "cross_entropy"', "train.loss: it is for images of exactly one class"),
-        ("multi_label", 'sampling = "balanced"', "train.sampling: an image with several labels belongs to no single"),
-        ("multi_label", 'best_metric = "val/top5_accuracy"', "train.best_metric: top-5 accuracy is not measured with"),
-        ("single_label", 'best_metric = "val/map"', "train.best_metric: mAP is not measured with task.kind"),
-        ("single_label", '[early_stopping]\nmetric = "val/auroc"', "early_stopping.metric: AUROC is not measured"),
+        ("multi_label", 'loss = "cross_entropy"', "train.loss: cross-entropy needs images with exactly one class"),
+        ("multi_label", 'sampling = "balanced"', "train.sampling: balanced sampling needs images with exactly one"),
+        ("multi_label", 'best_metric = "val/top5_accuracy"', "train.best_metric: top-5 accuracy is not computed with"),
+        ("single_label", 'best_metric = "val/map"', "train.best_metric: mAP is not computed with task.kind"),
+        ("single_label", '[early_stopping]\nmetric = "val/auroc"', "early_stopping.metric: AUROC is not computed"),
         ("multi_label", '[study]\nseeds = 2\n[study.output]\ncolumns = ["test_balanced_accuracy"]',
-         "study.output.columns[0]: balanced accuracy is not measured"),
+         "study.output.columns[0]: balanced accuracy is not computed"),
         ("single_label", "[train.loss_args]\ngamma = 1.0", "train.loss_args.gamma: has no effect with train.loss"),
     ],
 )  # fmt: skip
@@ -339,7 +339,7 @@ def test_labels_of_the_other_kind_are_refused() -> None:
     check_labels(several, "multi_label")
     with pytest.raises(UserError, match=r'have exactly one class each.*set task.kind = "single_label"'):
         check_labels(one, "multi_label")
-    with pytest.raises(UserError, match=r'have any number of labels.*set task.kind = "multi_label"'):
+    with pytest.raises(UserError, match=r'may have several labels.*set task.kind = "multi_label"'):
         check_labels(several, "single_label")
     with pytest.raises(UserError, match="no label is present in some of the 4 test images and absent from others"):
         check_label_splits(several, {"test": np.arange(4)})

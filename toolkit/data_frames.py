@@ -1,4 +1,4 @@
-"""Records as pandas data frames. pandas is optional and imported late."""
+"""Conversion of records to pandas data frames. pandas is optional, and imported only when needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def data_frame(records: Sequence[Mapping[str, Any]], index: str) -> DataFrame:
     """Return a data frame with one row per record, indexed by the column ``index``.
 
-    Its columns are the keys of all records in order of appearance; values that a record lacks are missing (NaN).
+    The columns are the keys of all records in order of appearance; NaN marks values that a record does not have.
     Raises UserError if pandas is not installed.
     """
     try:

@@ -1,7 +1,7 @@
-"""Evaluations of a run's model on other data sets, as files of its run directory. Imports no torch.
+"""Evaluations of a run's model on other data sets, stored in its run directory. Does not import torch.
 
 RUN/evaluations/<name>/
-  evaluation.json   the data, and the model's metrics on them
+  evaluation.json   the data set, and the model's metrics on it
   predictions.csv   label and prediction of each image, as in RUN/predictions.csv
 """
 
@@ -43,31 +43,31 @@ class Evaluation:
 
     name: str
     data: str
-    """The data set as named on the command line: a recipe, folder or table."""
+    """The data set as given on the command line: a recipe, folder or table."""
     split: str | None
-    """The split of the data set; None: all its images."""
+    """Evaluated split of the data set; None: all images."""
     images: int
     metrics: Metrics
-    """Value of each of :data:`toolkit.metrics.MEASURES`, without a prefix."""
+    """Value of each of :data:`toolkit.metrics.MEASURES`, by name without a split prefix."""
     missing_classes: list[str]
-    """Classes of the model without an image."""
+    """Classes of the model that have no images in the data set."""
     unknown_classes: dict[str, int]
-    """Classes that the model does not have, whose images were left out, and their numbers of images."""
+    """Number of images, which were left out, for each class that the model does not have."""
     epoch: int | None
-    """Epoch of the model; None if the run had not finished."""
+    """Epoch of the evaluated model; None if the run had not finished."""
 
     @property
     def folder(self) -> Path:
-        """Folder of the files, relative to the run directory."""
+        """Folder of the evaluation, relative to the run directory."""
         return Path("evaluations", self.name)
 
 
 def check_name(run: Run, name: str, data: str, split: str | None) -> None:
-    """Raise UserError if an evaluation cannot have this name: it is no folder name, or that of another evaluation."""
+    """Raise UserError if ``name`` is not a valid folder name or belongs to an evaluation on other data."""
     if not re.match(NAME_PATTERN, name) or len(name) > NAME_LENGTH:
         raise UserError(
-            f"{name!r} cannot be the name of a folder for the evaluation: choose one of letters, digits and _+=,@- "
-            f"with --name, of at most {NAME_LENGTH} characters"
+            f"{name!r} cannot be the name of a folder for the evaluation: choose a name of letters, digits and _+=,@- "
+            f"with --name, with at most {NAME_LENGTH} characters"
         )
     path = run.path / "evaluations" / name / "evaluation.json"
     if not path.exists():
@@ -75,13 +75,13 @@ def check_name(run: Run, name: str, data: str, split: str | None) -> None:
     found = read_json(path, _Evaluation)
     if (found["data"], found["split"]) != (data, split):
         other = found["data"] + (f" --split {found['split']}" if found["split"] else "")
-        raise UserError(f"{path.parent} holds the evaluation on --data {other}; choose another name with --name")
+        raise UserError(f"{path.parent} contains the evaluation on --data {other}; choose another name with --name")
 
 
 def write_evaluation(
     run: Run, found: Evaluation, columns: Sequence[str], predictions: Iterable[Sequence[object]]
 ) -> None:
-    """Write the files of an evaluation; ``predictions`` are rows of ``columns``. Raises UserError if that fails."""
+    """Write the files of an evaluation. ``predictions``: rows with the given columns. Raises UserError on failure."""
     folder = run.path / found.folder
     record: dict[str, Any] = asdict(found)
     del record["name"]
@@ -95,7 +95,7 @@ def write_evaluation(
 
 
 def evaluation_names(run: Run) -> list[str]:
-    """Return the names of a run's evaluations, sorted."""
+    """Return the names of all evaluations of a run, sorted."""
     return sorted(path.parent.name for path in (run.path / "evaluations").glob("*/evaluation.json"))
 
 

@@ -36,7 +36,7 @@ class Measure:
     tasks: tuple[str, ...] = TASKS
     """The kinds of task for which the measure is computed."""
     varies: bool = True
-    """Whether the measure differs between runs of one recipe with different seeds."""
+    """Whether the measure may differ between runs of the same recipe with different seeds."""
 
 
 MEASURES = {
@@ -45,12 +45,12 @@ MEASURES = {
     "top5_accuracy": Measure("top-5 accuracy", "top-5 acc. %", tasks=TASKS[:1]),
     "balanced_accuracy": Measure("balanced accuracy", "balanced acc. %", tasks=TASKS[:1]),  # mean recall over classes
     "macro_f1": Measure("macro F1", "macro F1 %"),  # the mean F1 over the classes
-    "micro_f1": Measure("micro F1", "micro F1 %", tasks=TASKS[1:]),  # F1 of the decisions on all labels together
-    "map": Measure("mAP", "mAP %", tasks=TASKS[1:]),  # the mean over the labels of the average precision
-    "auroc": Measure("AUROC", "AUROC %", tasks=TASKS[1:]),  # mean over labels of the area under the ROC curve
+    "micro_f1": Measure("micro F1", "micro F1 %", tasks=TASKS[1:]),  # F1 over the predictions of all labels together
+    "map": Measure("mAP", "mAP %", tasks=TASKS[1:]),  # average precision, averaged over the labels
+    "auroc": Measure("AUROC", "AUROC %", tasks=TASKS[1:]),  # area under the ROC curve, averaged over the labels
 }
-"""Measures of a model on a split; ``training/classification_metrics.py`` defines them. The accuracy of multi-label
-classification is the subset accuracy: the share of images whose labels are all predicted correctly."""
+"""Measures of a model on a split, defined in ``training/classification_metrics.py``. For multi-label classification,
+accuracy is the subset accuracy: the fraction of images whose labels are all predicted correctly."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def curves_of(records: Iterable[Container[str]]) -> tuple[str, ...]:
 
 
 def headline(metrics: Container[str], prefix: str) -> str:
-    """Return the most important of some metrics whose names have a prefix: mAP if it is among them, else accuracy."""
+    """Return the most important metric with a prefix, such as ``test_``: mAP if it is in ``metrics``, else accuracy."""
     return f"{prefix}map" if f"{prefix}map" in metrics else f"{prefix}accuracy"
 
 
@@ -181,7 +181,7 @@ def measures_of(task: str) -> dict[str, Measure]:
 
 
 def is_measured(name: str, task: str) -> bool:
-    """Return whether a metric is computed for a kind of task; costs of a run always are."""
+    """Return whether a metric is computed for a kind of task; the costs of a run always are."""
     return task in metric_of(name).measure.tasks
 
 

@@ -101,7 +101,7 @@ class PlainLoop:
 
     def __init__(self, recipe: Recipe) -> None:
         if recipe.task.kind == "multi_label":
-            raise UserError('the plain loop trains with task.kind = "single_label" only')
+            raise UserError('the plain loop supports only task.kind = "single_label"')
         self.recipe = recipe
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(recipe.recipe.seed)

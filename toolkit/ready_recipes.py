@@ -1,8 +1,8 @@
-"""Ready recipes and launch configurations that come with the package.
+"""Ready-made recipes and launch configurations that are included in the package.
 
-``toolkit/files`` links to the repository's folders ``recipes`` and ``launch``; a wheel contains their files. A ready
-recipe is named by its path in ``recipes`` without ``.toml``, such as ``studies/digits_seeds``, or by its last part if
-that is unique. Imports neither torch nor pydantic.
+``toolkit/files`` links to the repository's folders ``recipes`` and ``launch``; a wheel contains copies of their files.
+The name of a ready-made recipe is its path in ``recipes`` without ``.toml``, such as ``studies/digits_seeds``, or the
+last part of it if that is unique. Imports neither torch nor pydantic.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SCHEMA = Path(__file__).parent / "recipe" / "recipe.schema.json"
 
 @dataclass(frozen=True)
 class ReadyRecipe:
-    """A recipe or study that comes with the package."""
+    """A recipe or study that is included in the package."""
 
     name: str
     kind: str
@@ -33,12 +33,12 @@ class ReadyRecipe:
 
 
 def list_recipes() -> list[ReadyRecipe]:
-    """Return all ready recipes, sorted by folder and name."""
+    """Return all ready-made recipes, sorted by folder and name."""
     return [describe(RECIPES / f"{name}.toml") for name in names()]
 
 
 def describe(recipe: Path) -> ReadyRecipe:
-    """Return name, kind and description of a ready recipe's file."""
+    """Read name, kind and description from the file of a ready-made recipe."""
     data = tomli.loads(recipe.read_text(encoding="utf-8"))
     study = data.get("study", {})
     description = study.get("description") or data["recipe"]["description"]
@@ -47,7 +47,7 @@ def describe(recipe: Path) -> ReadyRecipe:
 
 
 def names() -> list[str]:
-    """Return the names of all ready recipes. Those in recipes/base are not complete: others extend them."""
+    """Return the names of all ready-made recipes, except those in recipes/base, which others extend."""
     found = [path.relative_to(RECIPES).with_suffix("") for path in RECIPES.rglob("*.toml")]
     complete = [path for path in found if path.parts[0] != "base"]
     return [path.as_posix() for path in sorted(complete, key=lambda path: (len(path.parts), path))]
@@ -59,7 +59,10 @@ def launch_files() -> list[str]:
 
 
 def find_recipe(text: str) -> str | None:
-    """Return the name of the ready recipe that ``text`` names, also as a path such as recipes/quickstart.toml."""
+    """Return the full name of the ready-made recipe ``text``, a name or a path such as recipes/quickstart.toml.
+
+    Returns None if there is none.
+    """
     name = os.path.normpath(text).removesuffix(".toml").removeprefix("recipes/")
     known = names()
     if name in known:
@@ -69,33 +72,33 @@ def find_recipe(text: str) -> str | None:
 
 
 def recipe_path(name: str) -> Path:
-    """Return the file of a ready recipe. Raises UserError if there is none of this name."""
+    """Return the file of a ready-made recipe. Raises UserError if there is none with this name."""
     found = find_recipe(name)
     if found is None:
         known = names()
-        last = {each.rpartition("/")[2]: each for each in known}  # digits_seed is similar to studies/digits_seeds
+        last = {each.rpartition("/")[2]: each for each in known}  # so that digits_seed finds studies/digits_seeds
         same = [each for each in known if each.rpartition("/")[2] == name]
         hint = f"did you mean {' or '.join(same)}?" if same else did_you_mean(name, [*known, *last], 3)
-        raise UserError(f"there is no ready recipe {name!r}; {hint or 'toolkit recipes lists them'}")
+        raise UserError(f"there is no ready-made recipe {name!r}; {hint or 'toolkit recipes lists them'}")
     return RECIPES / f"{found}.toml"
 
 
 def missing_recipe_hint(path: str) -> str | None:
-    """Return a hint if the package has a recipe of this name, or one of a similar name if ``path`` is a bare name."""
+    """Return a hint if the package has a recipe with this name or, if ``path`` is a bare name, with a similar one."""
     name = find_recipe(path)
     if name is None:
         return None if path.endswith(".toml") else did_you_mean(path, names()) or None
-    return f"it comes with the package: toolkit recipes copy {name} writes recipes/{name}.toml"
+    return f"it is included in the package: toolkit recipes copy {name} writes recipes/{name}.toml"
 
 
 def copy_files(name: str, destination: Path | None, *, overwrite: bool = False) -> list[Path]:
-    """Copy a ready recipe, the recipes that it extends and the script that makes its data; return the files.
+    """Copy a ready-made recipe, the recipes that it extends and the script that creates its data; return the copies.
 
-    The first file is the recipe itself. Below ``destination`` (default: ``recipes`` in the current folder), all keep
-    their relative paths, so that ``extends`` remains right; a destination that ends in ``.toml`` is the name of the
-    copy of a recipe that extends none. A name such as ``launch/cpu.yaml`` copies that file (default destination:
-    ``launch``). Equal files are kept. Raises UserError, before anything is written, if a file with other content exists
-    and ``overwrite`` is not set.
+    The first one is the recipe itself. In ``destination`` (default: ``recipes`` in the current folder), files keep
+    their relative paths, so that ``extends`` remains valid. A destination that ends in ``.toml`` is the name of the
+    copy, which is possible only for a recipe that extends no other. A name such as ``launch/cpu.yaml`` copies that file
+    (default destination: ``launch``). Equal files are kept. Raises UserError, before anything is written, if a file
+    with different content exists and ``overwrite`` is not set.
     """
     if name in launch_files():
         folder = Path("launch") if destination is None else destination
@@ -105,7 +108,7 @@ def copy_files(name: str, destination: Path | None, *, overwrite: bool = False) 
     changed = [path for path, content in contents.items() if not (path.is_file() and path.read_bytes() == content)]
     in_the_way = [str(path) for path in changed if os.path.lexists(path)]
     if in_the_way and not overwrite:
-        raise UserError(f"{', '.join(in_the_way)}: exists with other content; --overwrite replaces it")
+        raise UserError(f"{', '.join(in_the_way)}: exists with different content; --overwrite replaces it")
     try:
         for path in changed:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,13 +127,13 @@ def _recipe_copies(recipe: Path, destination: Path) -> dict[Path, bytes]:
     if destination.suffix == ".toml":
         if len(files) > 1:
             others = ", ".join(str(file.relative_to(RECIPES)) for file in files[1:])
-            raise UserError(f"{destination}: {recipe.name} also needs {others}: give a folder")
+            raise UserError(f"{destination}: {recipe.name} also needs {others}; specify a folder")
         return {destination: _content(recipe)}
     return {destination / file.relative_to(RECIPES): _content(file) for file in files}
 
 
 def _with_parents(recipe: Path) -> list[Path]:
-    """Return the file of a recipe and those that it extends, each before its parent."""
+    """Return the file of a recipe, followed by the file that it extends, and so on."""
     files = [recipe]
     while parent := tomli.loads(files[-1].read_text(encoding="utf-8")).get("extends"):
         files.append(Path(os.path.normpath(files[-1].parent / parent)))
@@ -138,11 +141,11 @@ def _with_parents(recipe: Path) -> list[Path]:
 
 
 def _content(file: Path) -> bytes:
-    """Return a file's content; the path of the schema, for editors, is that of the installed package."""
+    """Return the content of a file; the path of the schema, used by editors, is changed to the installed package."""
     text = file.read_text(encoding="utf-8")
     return re.sub(r"\A#:schema \S+", lambda _: f"#:schema {SCHEMA.as_uri()}", text).encode()
 
 
 def completions(word: str) -> list[str]:
-    """Return the names of recipes and launch configurations that begin with ``word``, for the shell's completion."""
+    """Return the names of recipes and launch configurations that start with ``word``, for shell completion."""
     return [name for name in [*names(), *launch_files()] if name.startswith(word)]

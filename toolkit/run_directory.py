@@ -42,7 +42,7 @@ PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
 LABEL_COLUMNS = ("path", "labels", "predictions")
 """First columns of a multi-label predictions.csv, before one column for the probability of each label."""
 LABEL_SEPARATOR = ";"
-"""Separates labels in predictions.csv and in the output of `toolkit predict`."""
+"""Separator between labels in predictions.csv and in the output of `toolkit predict`."""
 
 Number = float | None
 
@@ -116,7 +116,7 @@ class _Origins(Shape):
 class RunDirectory:
     """The files of a run directory. Reading raises a UserError that names a missing or damaged file.
 
-    :class:`toolkit.runs.Run` adds what is computed from them.
+    :class:`toolkit.runs.Run` adds the values computed from them.
     """
 
     path: Path
@@ -286,7 +286,7 @@ class RunDirectory:
         return rows
 
     def correct_predictions(self) -> dict[str, bool]:
-        """Return whether each test image was classified correctly, by its name: all labels, if it has several."""
+        """Return whether each test image was classified correctly (multi-label: all its labels), by image name."""
         rows = self.prediction_records()
         truth, found = ("label", "prediction") if rows and "label" in rows[0] else ("labels", "predictions")
         return {row["path"]: row[truth] == row[found] for row in rows}
@@ -320,7 +320,7 @@ class RunDirectory:
         write_atomically(self.path / name, text.encode())
 
     def write_predictions(self, rows: Iterable[Sequence[object]], columns: Sequence[str] = PREDICTION_COLUMNS) -> None:
-        """Write predictions.csv; ``columns`` of a multi-label run: :func:`label_columns`."""
+        """Write predictions.csv. ``columns``: for a multi-label run, those of :func:`label_columns`."""
         self.write_text("predictions.csv", csv_text(columns, rows))
 
     def write_metrics(self, length: int, lines: bytes) -> int:
@@ -345,12 +345,12 @@ class RunDirectory:
 
 
 def label_columns(classes: Sequence[str]) -> list[str]:
-    """Return the columns of a multi-label predictions.csv."""
+    """Return the column names of predictions.csv for a multi-label run."""
     return [*LABEL_COLUMNS, *(f"probability of {name}" for name in classes)]
 
 
 def _is_fraction(text: str) -> bool:
-    """Return whether a text is a number from 0 to 1."""
+    """Return whether ``text`` is a number from 0 to 1."""
     try:
         return 0 <= float(text) <= 1
     except ValueError:

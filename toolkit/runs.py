@@ -1,4 +1,4 @@
-"""Runs: the object that Python users have of a run directory, and how run directories are created and found."""
+"""Runs: the Python interface to a run directory, and functions that create and find run directories."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 
 
 class Run(RunDirectory):
-    """A run, as :func:`fit` and :func:`open_run` return it: its run directory, and what is computed from the files.
+    """A run, as returned by :func:`fit` and :func:`open_run`: its files, and values computed from them.
 
     Reading imports neither torch nor pandas; properties and methods that need them import them.
     """

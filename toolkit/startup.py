@@ -1,4 +1,4 @@
-"""What every entry point of the program does first."""
+"""Process setup that every entry point of the program runs first."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import gc
 from toolkit.terminal import escape_unknown_characters, open_closed_streams
 
 COLLECT_AFTER = 50_000
-"""New objects between two garbage collections. With Python's default of 700, collections take about 14 % of the CPU
-time in which torch, torchvision and timm are imported."""
+"""Number of new objects between two garbage collections. With Python's default of 700, garbage collection takes about
+14 % of the CPU time of importing torch, torchvision and timm."""
 
 
 def prepare_process() -> None:

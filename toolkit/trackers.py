@@ -1,4 +1,4 @@
-"""W&B, TensorBoard and MLflow, through Accelerate's trackers. They get a copy of metrics.jsonl, which is authoritative.
+"""W&B, TensorBoard and MLflow, through Accelerate's trackers. They get a copy of metrics.jsonl, the primary record.
 
 W&B is online if there is a login and its server responds, otherwise offline; it never prompts. Each tracker has its own
 thread, so that training does not wait for it. Any failure results in one warning, and training continues.
@@ -40,7 +40,7 @@ BACKLOG = 100_000
 """Maximum number of lines queued for a slow tracker; about 50 MB."""
 
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow-skinny"}
-"""What to install for each tracker; its module has the tracker's name."""
+"""Package to install for each tracker; the module has the tracker's name."""
 
 Call = Callable[[Any], None]
 """Function that performs an operation on one of Accelerate's trackers."""
@@ -118,7 +118,7 @@ class Tracking:
             self._start_mlflow(MLflowRun(recipe, folder, run_id), config)
 
     def _start_mlflow(self, tracker: MLflowRun, config: dict[str, Any]) -> None:
-        """Start MLflow in its thread, because its client has a current run per thread.
+        """Start MLflow in its own thread, because its client has one active run per thread.
 
         Waits for at most ``INIT_SECONDS``: data workers should not be forked while the thread imports modules.
         """
@@ -235,19 +235,19 @@ class MLflowRun(MLflowTracker):  # type: ignore[misc]  # Accelerate's classes ha
         self.database, self.key = folder.absolute() / "mlflow.db", run_id
         self.params: set[str] = set()
         self.last_steps: dict[str, int] = {}
-        """Params that the MLflow run has, and the last step of each of its metrics."""
+        """Params of the MLflow run, and the last logged step of each metric."""
 
     def start(self) -> None:
-        """Start a run in ``MLFLOW_TRACKING_URI`` (default: a database in the run directory), or continue it."""
+        """Start a run at ``MLFLOW_TRACKING_URI`` (default: a database in the run directory), or continue it."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for results
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is reserved for results
         import mlflow
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         mlflow.set_tracking_uri(uri or f"sqlite:///{self.database}")
         if not uri:
-            os.environ.pop("MLFLOW_TRACKING_URI", None)  # set by MLflow; the next run has a database of its own
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # set by MLflow, but the next run has its own database
         client = mlflow.MlflowClient()
         with contextlib.suppress(mlflow.MlflowException):  # it exists; another run may create it at the same time
             client.create_experiment(self.experiment_name)
@@ -259,11 +259,11 @@ class MLflowRun(MLflowTracker):  # type: ignore[misc]  # Accelerate's classes ha
         super().start()
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Store params that the run does not have; MLflow allows no changes."""
+        """Log params that the run does not have yet; MLflow does not allow changing logged params."""
         super().store_init_configuration({key: value for key, value in values.items() if key not in self.params})
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Log the numbers in ``values``, except those of steps that were logged before the run was resumed."""
+        """Log the numbers in ``values``, except for steps that were already logged before the run was resumed."""
         new = {key: value for key, value in values.items() if step is None or step > self.last_steps.get(key, -1)}
         super().log({key: value for key, value in new.items() if isinstance(value, (int, float))}, step=step, **kwargs)
 

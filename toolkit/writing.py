@@ -1,4 +1,4 @@
-"""Write files so that readers see either the old content or the complete new one, and format CSV."""
+"""Writing files atomically, and formatting CSV."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class GpuAugmentation:
         return plans
 
     def _make(self, images: Tensor, made: Tensor, plans: Sequence[SampledParams], tables: Sequence[Tensor]) -> None:
-        """Apply the pipeline to images and write the result to ``made``."""
+        """Apply the pipeline to ``images`` and write the result to ``made``."""
         for one, plan, table in zip(self.passes, plans, tables, strict=False):  # plans may end with random erasing's
             images = apply_to_changed(one, images, plan, table)
         self._normalize(images, made)
@@ -89,7 +89,7 @@ class GpuAugmentation:
             self.erase.erase(made, plans[-1], tables[-1])
 
     def _normalize(self, images: Tensor, made: Tensor) -> None:
-        """Normalize values in 0..255 with torchvision's operations in their order, for bitwise equal results."""
+        """Normalize values in 0..255 with torchvision's operations in the same order, for bitwise equal results."""
         made.copy_(images)
         if made.device.type == "cpu" and memory_format(made) is torch.channels_last:
             # Treat a row of pixels as one vector: broadcasting over only the three channels is ten times slower.

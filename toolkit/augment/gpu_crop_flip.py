@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
 LARGE = 2**15
-"""From this number of values per image, a CPU copies image by image with slices: indexing all at once is slower."""
+"""Minimum number of values per image for copying slices image by image on a CPU, where it is faster than indexing."""
 
 
 @dataclass(frozen=True)

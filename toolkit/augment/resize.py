@@ -71,7 +71,7 @@ class ResizeKeepRatio(Resize):
         return Resize(self.scaled((height, width)), self.interpolation, antialias=True)(inpt)
 
     def extra_repr(self) -> str:
-        """Return the arguments for the representation."""
+        """Return the arguments shown by ``repr``."""
         return f"size={self.size}, fit={self.fit}, interpolation={self.interpolation}, antialias=True"
 
 
@@ -81,7 +81,7 @@ def is_same_on_bytes(step: Any) -> bool:
 
 
 def has_bytes_form(step: Any) -> bool:
-    """Return whether :func:`on_bytes` can apply a step to any number of channels."""
+    """Return whether :func:`on_bytes` can apply a step to images with any number of channels."""
     return isinstance(step.on_image, v2.CenterCrop | CenterCropOrPad | Resize)
 
 
@@ -120,10 +120,10 @@ def on_bytes(step: Any, pixels: Pixels) -> Pixels:
 
 
 def _center_crop_or_pad(pixels: Pixels, size: Size, fill: Any) -> Pixels:
-    """Return the center of an image, on a background of color ``fill`` where the image is smaller than ``size``."""
+    """Crop the center of an image; if the image is smaller than ``size``, pad it with the color ``fill``."""
     color = np.broadcast_to(np.asarray(fill, dtype=np.uint8), (size[1], pixels.shape[2]))
     lines = np.empty((size[0], color.size), dtype=np.uint8)
-    lines[:] = color.reshape(-1)  # row by row: broadcasting only the channels would be slower
+    lines[:] = color.reshape(-1)  # whole rows, because broadcasting only the channels is slower
     made = lines.reshape(*size, -1)
     source, target = [], []
     for have, want in zip(pixels.shape[:2], size, strict=True):

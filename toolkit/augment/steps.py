@@ -162,7 +162,7 @@ def policy_step(text: str, preprocessing: Preprocessing) -> Step:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Posterize as timm does; 0 bits (its largest magnitudes) give a black image, which Pillow 13 rejects."""
+    """Posterize as timm does; 0 bits, timm's largest magnitude, give a black image (Pillow 13 rejects 0 bits)."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -35,7 +35,7 @@ TENSOR_ONLY = frozenset({"GaussianNoise"})
 """Transforms that need a tensor; by default they are applied after scaling to 0..1."""
 
 CENTER_CROP = "center crop"
-"""Beginning of the description of the preprocessing's center crop."""
+"""Start of the description of a center crop."""
 
 
 class ImageTransform:
@@ -51,7 +51,7 @@ class ImageTransform:
         self.base = min(len(self.fixed), base)
         """Number of leading deterministic steps up to the resize, including the center crop if it comes next."""
         self.cropped = cropped
-        """Number of steps up to the crop, or the transform that replaces it; they may be random."""
+        """Number of steps up to the crop, or to the transform that replaces it; they may be random."""
         self.draws_from_python = any(step.name == "auto_augment" for step in steps)
         """Whether Python's and NumPy's random states must be seeded in addition to torch's."""
 
@@ -77,7 +77,7 @@ class ImageTransform:
         """Raise UserError unless ``made``, the (height, width) after the transform of an image, is the model's size."""
         if made != self.size:
             raise UserError(
-                f"augment.{self.split}, data.resize and data.crop make an image of {size_text(made)} pixels out of "
+                f"augment.{self.split}, data.resize and data.crop make an image of {size_text(made)} pixels from "
                 f"one of {given.shape[0]} x {given.shape[1]}, but data.image_size is {as_value(self.size)}: "
                 f"set data.crop = 'center', or data.resize = {list(self.size)}"
             )
@@ -109,10 +109,10 @@ class UInt8Transform:
 
 
 def _apply(step: Step, image: Any) -> Any:
-    """Apply a step to uint8 [h, w, C], to a Pillow image or, from ToImage on, to a tensor.
+    """Apply a step to an array, uint8 [h, w, C], to a Pillow image or, from ToImage on, to a tensor.
 
-    An array remains one if the result is the same; other steps before ToImage need a Pillow image, or a tensor if the
-    number of channels is neither 1 nor 3.
+    Steps with an equivalent on arrays return an array. Other steps before ToImage need a Pillow image, or a tensor if
+    the number of channels is neither 1 nor 3.
     """
     if isinstance(image, np.ndarray):
         channels = image.shape[2]

@@ -34,7 +34,7 @@ BLOCK = 64
 
 
 def split_of(name: str) -> str:
-    """Return the split of a name in a run's preprocessing plans: of "train at 128 x 128", "train"."""
+    """Return the split in the name of a preprocessing plan, such as "train" for "train at 128 x 128"."""
     return name.partition(" ")[0]
 
 

@@ -228,7 +228,10 @@ def _content(facts: Mapping[str, Any], arrays: Mapping[str, Any]) -> bytes:
 
 
 def describe_folder(folder: Path, facts: Mapping[str, Any]) -> None:
-    """List a folder of other files as an entry, last used now. ``facts``: kind, data, images, what. Raises OSError."""
+    """Register a folder of other files as an entry, last used now. Raises OSError.
+
+    ``facts``: kind, data, images, what.
+    """
     partial = folder / f".entry-{os.getpid()}.tmp"
     partial.write_bytes(_content({"format": FORMAT, "bytes": 0, "made": time.time(), **facts}, {}))
     os.replace(partial, folder / "entry.npz")

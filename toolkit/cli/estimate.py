@@ -1,4 +1,4 @@
-"""The plan, data, pack and doctor commands: what comes before training."""
+"""The plan, data, pack and doctor commands, which are used before training."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def data(
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Inspect a recipe's images, or write them as a table.
+    """Inspect a recipe's images, or write them to a table.
 
     Reports counts per class and split, sizes, channel statistics, unreadable files and duplicates across splits, and
     draws a class histogram and a contact sheet with one image per class, raw and normalized.
@@ -71,7 +71,7 @@ def data(
         from toolkit.data import table_writer
 
         if out is not None or as_json:
-            raise UserError("--write-table cannot be combined with --out and --json: nothing is analyzed")
+            raise UserError("--write-table cannot be combined with --out or --json, because it makes no report")
         print(table_writer.write_table(loaded.recipe, write_table), end="")
         return
     from toolkit.data.dataset_plots import draw
@@ -94,15 +94,15 @@ def data(
 @command
 def pack(
     recipe: RecipePath,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to create, or an empty one.")],
-    shard_size: Annotated[float, typer.Option(min=0.02, metavar="MIB", help="Largest size of a shard, in MiB.")] = 256,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to create; it may exist if it is empty.")],
+    shard_size: Annotated[float, typer.Option(min=0.02, metavar="MIB", help="Maximum size of a shard, in MiB.")] = 256,
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Pack a recipe's images into shards.
 
-    Shards are tar files in WebDataset's form, with an index. All images of the data set are packed, with labels,
-    official lists, groups and weights; their bytes do not change. data.dataset = "shards" trains on them.
+    Shards are tar files in the WebDataset format, with an index. All images of the data set are packed unchanged, with
+    labels, official splits, groups and weights. A recipe with data.dataset = "shards" trains on them.
 
     Example: toolkit pack recipes/resnet50_caltech.toml shards/caltech101
     """

@@ -41,7 +41,7 @@ def evaluate(
     run: RunPath,
     split: Annotated[
         str | None,
-        typer.Option(metavar="SPLIT", help="test, validation or train. Default: test; with --data all images."),
+        typer.Option(metavar="SPLIT", help="test, validation or train. Default: test; with --data, all images."),
     ] = None,
     data: Annotated[
         str | None,
@@ -52,7 +52,7 @@ def evaluate(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="With --data: name of the evaluation. Default: that of the data."),
+        typer.Option(metavar="NAME", help="With --data: name of the evaluation. Default: the name of the data."),
     ] = None,
     ignore_unknown_classes: Annotated[
         bool, typer.Option(help="With --data: leave out images of classes that the model does not have.")
@@ -66,16 +66,16 @@ def evaluate(
     rounding, or different. Exit status 1 if one is different.
 
     With --data, the model is evaluated on other images, whose classes are matched by name. Metrics and predictions are
-    written to RUN/evaluations/NAME, and the run's report shows them beside its own: toolkit evaluate RUN --data photos/
+    written to RUN/evaluations/NAME and shown in the run's report: toolkit evaluate RUN --data photos/
 
     Example: toolkit evaluate runs/quickstart/20260102-030405-abcd --split validation
 
     On several processes: accelerate launch -m toolkit evaluate RUN
     """
     if data is None and (name is not None or ignore_unknown_classes):
-        raise UserError("--name and --ignore-unknown-classes are for another data set: give it with --data")
+        raise UserError("--name and --ignore-unknown-classes need --data, which selects another data set")
     if data is not None and data_root is not None:
-        raise UserError("--data-root is where the run's own images are; with --data, only the other data set is read")
+        raise UserError("--data-root is the folder of the run's own images, which are not read with --data")
     from toolkit.runs import open_run
 
     opened = open_run(run)

@@ -113,8 +113,8 @@ def optimizers(pattern: Pattern = None, as_json: AsJson = False) -> None:
 def datasets(pattern: Pattern = None, as_json: AsJson = False) -> None:
     """List the data sets that a recipe can use.
 
-    Shows how each one is obtained. torchvision/NAME: dataset = "torchvision" with data.name = NAME, whose arguments
-    follow.
+    Shows how each one is obtained. torchvision/NAME means data.dataset = "torchvision" and data.name = NAME; the
+    arguments for data.args follow.
 
     Example: toolkit datasets torchvision/
     """

@@ -26,7 +26,7 @@ def chosen_run(text: str) -> Path:
 
 
 def chosen_recipe(text: str) -> str:
-    """Return the file of a ready recipe if ``text`` is its name and no path, and print it to stderr; else ``text``."""
+    """Return ``text`` or, if it is the name of a ready-made recipe, its file, whose path is printed to stderr."""
     from toolkit.ready_recipes import RECIPES, find_recipe
 
     if text.endswith(".toml") or os.path.lexists(text) or (name := find_recipe(text)) is None:
@@ -53,7 +53,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key; the value is TOML, so strings need quotes."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
-RECIPE_HELP = "TOML file, or the name of a ready recipe (toolkit recipes)."
+RECIPE_HELP = "TOML file, or the name of a ready-made recipe (toolkit recipes)."
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", parser=chosen_recipe, help=RECIPE_HELP)]
 RunPath = Annotated[
     Path,

@@ -1,4 +1,4 @@
-"""The recipes command: list, show and copy the recipes that come with the package. Does not import torch."""
+"""The recipes command: list, show and copy the recipes in the package. Does not import torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def recipes(
         typer.Argument(
             metavar="NAME",
             autocompletion=ready_recipes.completions,
-            help="Name of a recipe or launch configuration, as listed.",
+            help="Name of a recipe or launch configuration in the list.",
         ),
     ] = None,
     destination: Annotated[
@@ -34,22 +34,22 @@ def recipes(
         typer.Argument(metavar="DEST", help="With copy: a folder (default: recipes), or a new .toml file."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="With copy: replace files with other content.")
+        bool, typer.Option("--overwrite", help="With copy: replace files whose content differs.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List, show or copy ready recipes.
+    """List, show or copy the ready-made recipes in the package.
 
-    They come with the package. A copy includes the recipes that it extends. Commands that take a recipe also take the
-    name of a ready one. Launch configurations for Accelerate are copied by name: toolkit recipes copy launch/cpu.yaml
+    The recipes that a recipe extends are copied with it. Commands that take a recipe file also accept the name of a
+    ready-made recipe. Launch configurations for Accelerate are copied by name: toolkit recipes copy launch/cpu.yaml
 
     Example: toolkit recipes copy quickstart
     """
     if action != "copy" and (destination is not None or overwrite):
-        raise UserError("DEST and --overwrite are only for toolkit recipes copy NAME [DEST]")
+        raise UserError("DEST and --overwrite are only possible with toolkit recipes copy NAME [DEST]")
     if action == "list":
         if name is not None:
-            raise UserError(f"toolkit recipes list takes no name; toolkit recipes show {name} prints a recipe")
+            raise UserError(f"toolkit recipes list does not take a name; toolkit recipes show {name} prints a recipe")
         _list(as_json)
         return
     if name is None:

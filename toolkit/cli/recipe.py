@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @command
 def validate(
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE", parser=chosen_recipe, help="TOML files, or names of ready recipes.")
+        list[str],
+        typer.Argument(metavar="RECIPE", parser=chosen_recipe, help="TOML files, or names of ready-made recipes."),
     ],
     set_: Overrides = None,
     as_json: AsJson = False,
@@ -150,7 +151,7 @@ def _known_input(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "interpolation": (found.interpolation, usual),
         "normalize": ({"mean": list(found.mean), "std": list(found.std)}, usual),
     }
-    if found.cover:  # the recipe's [height, width] would stretch images
+    if found.cover:  # as a recipe value, [height, width] would stretch images
         del known["resize"]
     return {key: value for key, value in known.items() if getattr(recipe.data, key) in (None, "auto")}
 

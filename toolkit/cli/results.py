@@ -19,7 +19,7 @@ from toolkit.errors import UserError
 def table(
     studies: Annotated[
         list[Path],
-        typer.Argument(metavar="STUDY...", help="Folder of a study. Several: compare all with publications."),
+        typer.Argument(metavar="STUDY...", help="Folder of a study. With several: compare all with publications."),
     ],
     columns: Annotated[
         str | None, typer.Option(metavar="METRICS", help="Metrics separated by commas, such as val_loss,test_accuracy.")
@@ -43,7 +43,7 @@ def table(
     out_of_fold: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Also write the test predictions of all folds to a CSV file: each image once."
+            metavar="FILE", help="Also write the test predictions of all folds, one per image, to a CSV file."
         ),
     ] = None,
     figures: Annotated[bool, typer.Option("--figures", help="Also draw figures, SVG and PDF.")] = False,
@@ -65,7 +65,7 @@ def table(
     options = TableOptions(_split_list(columns), _split_list(by), compare, intervals, sort, top)
     if len(studies) > 1:
         if by or compare or intervals or sort or top or figures or out_of_fold:
-            raise UserError("with several studies, only --columns and --json can be used: no table of rows is shown")
+            raise UserError("with several studies, only --columns and --json are possible: there is no table of rows")
         tables, content = overall([read_outcomes(StudyDirectory(study), options) for study in studies], options.columns)
         shown = "\n\n".join(text(part) for part in tables) or "no two rows can be compared with published metrics"
         print(json.dumps(content, indent=2, ensure_ascii=False) if as_json else shown)

@@ -22,7 +22,7 @@ StudyPath = Annotated[
     typer.Argument(
         metavar="STUDY",
         parser=chosen_recipe,
-        help="TOML file with a [study] table, or the name of a ready study (toolkit recipes).",
+        help="TOML file with a [study] table, or the name of a ready-made study (toolkit recipes).",
     ),
 ]
 

@@ -115,7 +115,7 @@ def _recipe_path(recipe: str | None, resume: str | None) -> str:
     if recipe is not None:
         return recipe
     if resume in (None, "auto"):
-        raise UserError("no recipe given: name the TOML file to train, or a ready recipe: toolkit train quickstart")
+        raise UserError("no recipe given: specify a TOML file or a ready-made recipe, as in toolkit train quickstart")
     return os.path.join(resume, "recipe.toml")
 
 

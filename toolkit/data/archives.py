@@ -1,7 +1,7 @@
-"""Zip and tar files that are read in place: listed like folders, and read at the offsets of their members.
+"""Reading images from zip and tar files in place: members are listed like folders and read at their offsets.
 
-Nothing is unpacked. Only zip files whose members are stored or deflated and tar files that are not compressed can be
-read at any place; others are refused.
+Nothing is unpacked. Only zip files with stored or deflated members and uncompressed tar files allow random access;
+others are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28
 """First bytes of compressed files."""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Header before each member of a zip file: signature, and the lengths of the name and of the extra field after it."""
+"""Local header before each member of a zip file: signature, then the lengths of the name and the extra field."""
 
 
 class Member(NamedTuple):
@@ -36,15 +36,15 @@ class Member(NamedTuple):
 
     name: str
     kind: str
-    """file, folder or special (links, devices)."""
+    """"file", "folder" or "special" (links, devices)."""
     offset: int
-    """Where its bytes begin; in a zip file, where the header before them begins."""
+    """Offset of its first byte; in a zip file, of its local header."""
     stored: int
-    """Number of bytes in the archive."""
+    """Size in the archive, in bytes."""
     size: int
-    """Number of bytes after decompression."""
+    """Size after decompression, in bytes."""
     crc: int
-    """CRC-32 of the decompressed bytes; 0 in a tar file, which has none."""
+    """CRC-32 of the decompressed bytes; 0 for tar files, which have none."""
     is_deflated: bool = False
 
 
@@ -52,26 +52,26 @@ class Archive:
     """The index of a zip or tar file."""
 
     def __init__(self, path: str) -> None:
-        """Read the index. Raises UserError if the file is no archive, cut short, or cannot be read at any place."""
+        """Read the index. Raises UserError if the file is not an archive, is truncated, or lacks random access."""
         self.path, self.is_zip = path, False
         self.folders: dict[str, dict[str, str]] = {"": {}}
-        """The entries of each folder: the kind of each name. The folder "" is the archive itself."""
+        """Entries of each folder: their kind by name. The folder "" is the top of the archive."""
         self.numbers: dict[str, int] = {"": 0}
-        """Number of each folder."""
+        """Number of each folder by path."""
         self.rows: dict[str, int] = {}
-        """Row of each file in the arrays below."""
+        """Row of each file in the arrays below, by path."""
         self.offsets, self.stored, self.sizes, self.checksums = array("q"), array("q"), array("q"), array("q")
         self.deflated = bytearray()
         try:
             for member in self._members():
                 self._add(member)
         except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
-            raise UserError(f"the archive {path} is damaged or cut short: {error}") from None
+            raise UserError(f"the archive {path} is damaged or truncated: {error}") from None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
         length = os.path.getsize(path)
         if any(offset + stored > length for offset, stored in zip(self.offsets, self.stored, strict=True)):
-            raise UserError(f"the archive {path} is cut short: some of its files lie beyond its end")
+            raise UserError(f"the archive {path} is truncated: some of its files lie beyond its end")
 
     def _members(self) -> Iterator[Member]:
         with open(self.path, "rb") as file:
@@ -101,7 +101,7 @@ class Archive:
             return
         self._add_folder(folder)
         self.folders[folder][last] = member.kind
-        if member.kind == "file":  # of several members with one name the last one counts, as when unpacking
+        if member.kind == "file":  # if several members have the same path, the last one is used, as when unpacking
             self.rows[name] = len(self.offsets)
             self.offsets.append(member.offset)
             self.stored.append(member.stored)
@@ -136,7 +136,7 @@ def _tar_members(archive: tarfile.TarFile, path: str) -> Iterator[Member]:
     with archive:
         places: dict[str, tuple[int, int]] = {}
         while (info := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # else all stay in memory
+            archive.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them in memory
             is_link = info.islnk() and info.linkname in places
             if info.isreg() and not info.issparse():
                 places[info.name] = info.offset_data, info.size
@@ -145,7 +145,7 @@ def _tar_members(archive: tarfile.TarFile, path: str) -> Iterator[Member]:
             yield Member(info.name, kind, offset, size, size, 0)
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise UserError(f"the archive {path} is damaged or cut short: it has no end mark after its last file")
+            raise UserError(f"the archive {path} is damaged or truncated: it has no end marker after its last file")
 
 
 @lru_cache
@@ -154,10 +154,10 @@ def _open_archive(path: str, size: int, changed: int) -> Archive:
 
 
 def find_archive(path: str | os.PathLike[str]) -> tuple[Archive, str] | None:
-    """Return the archive that a path leads into, and the folder in it; None if no part of the path is a file.
+    """Return the archive that contains a path, and the folder inside it; None if no parent of the path is a file.
 
-    Raises UserError for a file that is no archive, and for a folder that is not in it. An index is kept until
-    :func:`forget_archives` is called.
+    Raises UserError if that file is not an archive or does not contain the folder. The index of an archive stays in
+    memory until :func:`forget_archives` is called.
     """
     archive, inner = os.fspath(path), ""
     while archive and not os.path.isfile(archive):
@@ -173,14 +173,14 @@ def find_archive(path: str | os.PathLike[str]) -> tuple[Archive, str] | None:
 
 
 def forget_archives() -> None:
-    """Free the memory of all indices."""
+    """Free the memory of the indices of all archives."""
     _open_archive.cache_clear()
 
 
 class ArchiveImages:
-    """Images in a zip or tar file; an :class:`toolkit.data.encoded_sources.EncodedSource`.
+    """Images in a zip or tar file; implements :class:`toolkit.data.encoded_sources.EncodedSource`.
 
-    Reads have their own position in the file, so that processes and threads can share it.
+    Each read states its own file position, so that processes and threads can share the open file.
     """
 
     def __init__(self, archive: Archive, folder: str, paths: Iterable[str]) -> None:
@@ -201,34 +201,34 @@ class ArchiveImages:
         return len(self._names)
 
     def open(self, i: int) -> BinaryIO:
-        """Return the bytes of image i as a file in memory. Raises ValueError if they are damaged."""
+        """Return the bytes of image i as an in-memory file. Raises ValueError if they are damaged."""
         start, stored = int(self._offsets[i]), int(self._stored[i])
         if self._is_zip:
             signature, name, extra = _LOCAL_HEADER.unpack(self._read(start, _LOCAL_HEADER.size))
             if signature != b"PK\x03\x04":
-                raise ValueError("not at its place in the archive")
+                raise ValueError("not at its expected position in the archive")
             start += _LOCAL_HEADER.size + name + extra
         data = self._read(start, stored)
         if self._deflated[i]:
             data = zlib.decompress(data, -zlib.MAX_WBITS, int(self._sizes[i]))
         if self._is_zip and zlib.crc32(data) != self._checksums[i]:
-            raise ValueError("its checksum in the archive differs")
+            raise ValueError("its checksum does not match the one in the archive")
         return io.BytesIO(data)
 
     def _read(self, start: int, count: int) -> bytes:
         data = os.pread(self._file.fileno(), count, start)
         if len(data) < count:
-            raise ValueError("the archive is cut short")
+            raise ValueError("the archive is truncated")
         return data
 
     def name(self, i: int) -> str:
-        """Return the path of image i relative to the folder, encoded."""
+        """Return the path of image i relative to the folder, encoded (:mod:`toolkit.filenames`)."""
         return encode_name(self._names[i])
 
     def location(self, i: int) -> str:
-        """Return the path of the archive and of image i in it, encoded."""
+        """Return the path of the archive followed by that of image i in it, encoded."""
         return encode_name(self._folder + self._names[i])
 
     def size_and_version(self, i: int) -> tuple[int, int]:
-        """Return the size of image i in bytes, and its checksum; in a tar file, when the archive was changed."""
+        """Return the size of image i in bytes, and its checksum or, for a tar file, the archive's modification time."""
         return int(self._sizes[i]), int(self._checksums[i]) if self._is_zip else self._changed

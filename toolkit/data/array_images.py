@@ -1,7 +1,8 @@
-"""Images that Pillow cannot read, or not with all their bits: NumPy files, TIFF files with any number of channels or
-several pages, and color PNG files with 16 bits per sample.
+"""Reading images that Pillow cannot read, or not at full bit depth: NumPy files, TIFF files with any number of channels
+or several pages, and color PNG files with 16 bits per sample.
 
-Values are arrays [h, w, C] of the file's own type; :func:`toolkit.data.value_range.values_to_bytes` makes them uint8.
+Values are arrays [h, w, C] of the file's data type; :func:`toolkit.data.value_range.values_to_bytes` converts them to
+uint8.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from toolkit.errors import UserError
 from toolkit.formatting import plural
 
 Values = npt.NDArray[Any]
-"""Values of an image, [h, w, C], of any real type."""
+"""Values of an image, [h, w, C], of any real data type."""
 
 Page = int | Literal["channels"]
-"""Number of a page, from 0, or "channels": the pages are the channels of one image."""
+"""Page number, from 0, or "channels" if the pages are the channels of one image."""
 
 NUMPY = b"\x93NUMPY"
 """First bytes of a .npy file."""
@@ -32,19 +33,20 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class WrongLayout(ValueError):
-    """Raised for an image without the requested page or channels; the message is the reason."""
+    """Raised if an image lacks the requested page or channels; the message states the reason."""
 
 
 def is_tiff(data: bytes) -> bool:
-    """Return whether these are the first bytes of a TIFF file."""
+    """Return whether ``data`` starts like a TIFF file."""
     return data.startswith(_TIFF)
 
 
 def read_values(data: bytes, channels: int, page: Page, *, apply_exif: bool) -> Values:
-    """Decode a .npy, TIFF or PNG file with all its bits. ``channels``: the expected number, to find the channel axis.
+    """Decode a .npy, TIFF or PNG file at full bit depth. ``channels``: expected number, to find the channel axis.
 
-    With ``apply_exif``, a TIFF or PNG file is turned upright by its orientation tag. Raises WrongLayout if the page or
-    the channels are missing, UserError if a package is needed that is not installed, and anything for a damaged file.
+    With ``apply_exif``, a TIFF or PNG file is rotated upright according to its orientation tag. Raises WrongLayout if
+    the page or the channels are missing, UserError if a required package is not installed, and any exception if the
+    file is damaged.
     """
     if data.startswith(NUMPY):
         return _channels_last(_real(np.load(io.BytesIO(data), allow_pickle=False)), channels, page)
@@ -53,25 +55,25 @@ def read_values(data: bytes, channels: int, page: Page, *, apply_exif: bool) -> 
 
 
 def check_header(file: BinaryIO, channels: int, page: Page) -> np.dtype[Any]:
-    """Return the type of a .npy file's values, from its header.
+    """Return the data type of a .npy file from its header.
 
-    Raises ValueError for a damaged header or a file that is cut short, and WrongLayout as :func:`read_values`.
+    Raises ValueError if the header is damaged or the file is truncated, and WrongLayout like :func:`read_values`.
     """
     major, _ = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
     shape, _, kind = header(file)
     if file.tell() + int(np.prod(shape)) * kind.itemsize > file.seek(0, io.SEEK_END):
-        raise ValueError("the file is cut short")
+        raise ValueError("the file is truncated")
     values = _channels_last(_real(np.broadcast_to(np.zeros((), dtype=kind), shape)), channels, page)
     with_channels(np.zeros((1, 1, values.shape[2]), dtype=np.uint8), channels)
     return kind
 
 
 def with_channels(pixels: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.uint8]:
-    """Return uint8 [h, w, C] with the expected number of channels.
+    """Convert uint8 [h, w, C] to the expected number of channels.
 
-    Only 1 and 3 channels are converted into each other, and alpha is dropped from 2 and 4. Raises WrongLayout for other
-    numbers.
+    Grayscale and RGB are converted into each other, and alpha is dropped (2 and 4 channels). Raises WrongLayout if the
+    number differs otherwise.
     """
     found = pixels.shape[2]
     if found == channels:
@@ -84,15 +86,15 @@ def with_channels(pixels: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[n
 
 
 def wrong_channels(found: int, channels: int) -> WrongLayout:
-    """Return the exception for an image with another number of channels than the recipe's."""
+    """Return the exception for an image whose number of channels differs from the recipe's."""
     return WrongLayout(
-        f"it has {plural(found, 'channel')}, but data.channels is {channels} (if all images are like it, set "
+        f"it has {plural(found, 'channel')}, but data.channels is {channels} (if this is true of all images, set "
         f"data.channels = {found})"
     )
 
 
 def turned(values: Values, orientation: int) -> Values:
-    """Return values turned upright by an EXIF orientation, 1..8, as Pillow's transpositions do."""
+    """Return values rotated upright according to an EXIF orientation from 1 to 8, as Pillow's transpositions do."""
     if orientation not in TURNS:
         return values
     if orientation in (5, 6, 7, 8):
@@ -104,7 +106,7 @@ def turned(values: Values, orientation: int) -> Values:
 
 def _real(values: Values) -> Values:
     if values.dtype.kind not in "biuf":
-        raise WrongLayout(f"it has values of the type {values.dtype}, not numbers")
+        raise WrongLayout(f"its values have the data type {values.dtype} and are not numbers")
     return values
 
 
@@ -126,13 +128,13 @@ def _channels_last(values: Values, channels: int, page: Page) -> Values:
 
 
 def _read_tiff(data: bytes, page: Page) -> tuple[Values, int]:
-    """Return one page of a TIFF file, or all as channels, [h, w, C], and its orientation."""
+    """Return one page of a TIFF file, or all pages as channels, [h, w, C], and the EXIF orientation."""
     try:
         import tifffile
     except ImportError:
         raise UserError(
-            "this TIFF file (number of channels, bits per sample or data.page) is read by tifffile, which is not "
-            "installed: pip install 'image-classification-toolkit[tiff]'"
+            "reading this TIFF file (because of its number of channels, its bits per sample or data.page) needs "
+            "tifffile, which is not installed: pip install 'image-classification-toolkit[tiff]'"
         ) from None
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -144,7 +146,7 @@ def _read_tiff(data: bytes, page: Page) -> tuple[Values, int]:
         if "imagecodecs" not in str(error):
             raise
         raise UserError(
-            "TIFF files with this compression are read by imagecodecs, which is not installed: "
+            "reading TIFF files with this compression needs imagecodecs, which is not installed: "
             "pip install 'image-classification-toolkit[tiff]'"
         ) from error
     order = [axes.index("Y"), axes.index("X")]
@@ -154,14 +156,14 @@ def _read_tiff(data: bytes, page: Page) -> tuple[Values, int]:
 
 
 def existing_page(page: int, pages: int) -> int:
-    """Return the page. Raises WrongLayout if the file does not have it."""
+    """Return ``page``. Raises WrongLayout if the file has only ``pages`` pages and this one is missing."""
     if page >= pages:
         raise WrongLayout(f"it has {plural(pages, 'page')}, but data.page is {page} (counted from 0)")
     return page
 
 
 def _read_png(data: bytes, page: Page) -> tuple[Values, int]:
-    """Return a PNG file, [h, w, C], uint8 or uint16, and its orientation."""
+    """Return the values of a PNG file, uint8 or uint16 [h, w, C], and the EXIF orientation."""
     import torch
     from torchvision.io import ImageReadMode, decode_png
 
@@ -169,7 +171,7 @@ def _read_png(data: bytes, page: Page) -> tuple[Values, int]:
         raise WrongLayout(f"a PNG file has one page, but data.page is {page}")
     with Image.open(io.BytesIO(data)) as image:
         orientation = orientation_of(image)
-    with warnings.catch_warnings():  # torchvision refers to torchcodec, which needs FFmpeg
+    with warnings.catch_warnings():  # torchvision recommends torchcodec, which needs FFmpeg
         warnings.simplefilter("ignore", DeprecationWarning)
         decoded = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
     return decoded.permute(1, 2, 0).numpy(), orientation

@@ -48,7 +48,7 @@ def channel_statistics(
 
 
 def _histogram(pixels: Pixels) -> npt.NDArray[np.int64]:
-    """Count each value in each channel, [channels, 256]."""
+    """Count how often each value occurs in each channel, int64 [channels, 256]."""
     if pixels.shape[2] in MODES:  # Pillow is faster
         return np.array(as_image(pixels).histogram(), dtype=np.int64).reshape(-1, 256)
     return np.stack([np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(pixels, 2, 0)])

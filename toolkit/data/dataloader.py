@@ -36,7 +36,7 @@ _LEFT_TO_TRAINER = {
 }
 
 EVALUATION = -1
-"""Value used in place of the epoch number in evaluation, so that all evaluations are the same."""
+"""Used instead of the epoch number in evaluation, so that every evaluation draws the same random numbers."""
 
 
 Finish = Callable[[Tensor, int, IntArray], Tensor]
@@ -101,7 +101,7 @@ class TrainLoader:
     """Loader of the training batches of one process."""
 
     def __init__(self, source: BatchSource, plan: SamplingPlan) -> None:
-        """``plan``: defines the order of the examples."""
+        """``plan`` defines the order of the examples."""
         if plan.size != len(source):
             raise ValueError(f"the plan is for {plan.size} images, but the split has {len(source)}")
         self.source, self.plan = source, plan
@@ -122,10 +122,10 @@ class TrainLoader:
 
 
 class ProgressiveTrainLoader(TrainLoader):
-    """Loader of training batches whose source depends on the epoch; only one source is open at a time."""
+    """Training loader whose source depends on the epoch; only one source is open at a time."""
 
     def __init__(self, source_of: Callable[[str], BatchSource], stage_of: Callable[[int], str], plan: SamplingPlan):
-        """``source_of`` opens the source of a stage, ``stage_of`` returns the stage of an epoch (from 0)."""
+        """``source_of`` opens the source of a stage; ``stage_of`` returns the stage of an epoch, counted from 0."""
         self.source_of, self.stage_of, self.stage = source_of, stage_of, stage_of(0)
         super().__init__(source_of(self.stage), plan)
 

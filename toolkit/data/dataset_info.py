@@ -22,11 +22,11 @@ class DatasetInfo:
     """Height and width of all images in pixels; None if they differ."""
     channels: int
     source: str
-    """Where the data come from (download, library, or files that the user provides)."""
+    """Where the data come from: a download, a library, or files that the user provides."""
     opener: str
-    """Function of the recipe's [data] table that :func:`toolkit.data.datasets.open_dataset` calls."""
+    """Function that :func:`toolkit.data.datasets.open_dataset` calls with the recipe's [data] table."""
     torchvision_class: str | None = None
-    """Name of the class in torchvision.datasets that reads it."""
+    """Class in torchvision.datasets that reads it."""
 
     def class_count(self, *, background_class: bool) -> int | None:
         """Return the number of classes without opening the data set; None if it depends on the folders."""
@@ -102,22 +102,22 @@ DATASETS = {
     ),
     "torchvision": DatasetInfo(
         title="a data set of torchvision",
-        description="the classification data set of torchvision that data.name names",
+        description="a classification data set of torchvision, selected by data.name",
         classes=None,
         images=None,
         size=None,
         channels=3,
-        source="as torchvision expects it in data.root; `toolkit datasets torchvision/` lists them",
+        source="data.root, in torchvision's layout; `toolkit datasets torchvision/` lists the names",
         opener=_TORCHVISION,
     ),
     "huggingface": DatasetInfo(
         title="a data set of Hugging Face",
-        description="a data set of the library `datasets`: a folder, one saved to disk, or one of the hub",
+        description="a data set of the library `datasets`: a folder, one saved to disk, or one on the Hub",
         classes=None,
         images=None,
         size=None,
         channels=3,
-        source="data.name, downloaded from the hub to the library's cache if it is no folder",
+        source="data.name: a folder, or a name on the Hub, downloaded to the library's cache",
         opener="toolkit.data.huggingface_source.open_huggingface",
     ),
     "imagefolder": DatasetInfo(
@@ -137,12 +137,12 @@ DATASETS = {
         images=None,
         size=None,
         channels=3,
-        source="data.table, and the image files it names",
+        source="data.table, and the image files that it lists",
         opener="toolkit.data.table_source.open_table",
     ),
     "shards": DatasetInfo(
         title="the author's own images",
-        description="your own images in tar or Parquet files, as toolkit pack, WebDataset and others write them",
+        description="your own images in tar or Parquet files, such as those of toolkit pack or WebDataset",
         classes=None,
         images=None,
         size=None,
@@ -155,7 +155,7 @@ DATASETS = {
 
 
 def info_of(dataset: str, name: str | None) -> DatasetInfo:
-    """Return the record of a recipe's data set, from ``data.dataset`` and ``data.name``."""
+    """Return the information on a recipe's data set, from ``data.dataset`` and ``data.name``."""
     general, found = DATASETS[dataset], TORCHVISION_SETS.get(name or "")
     if dataset != "torchvision" or name is None or found is None:
         return general
@@ -166,7 +166,7 @@ def info_of(dataset: str, name: str | None) -> DatasetInfo:
         images=None,
         size=found.size,
         channels=found.channels,
-        source="put into data.root by you" if name in PROVIDED_BY_USER else "downloaded to data.root",
+        source="you put the files into data.root" if name in PROVIDED_BY_USER else "downloaded to data.root",
         opener=general.opener,
         torchvision_class=name,
     )

@@ -51,7 +51,7 @@ class ImageInfo:
     pixels: bytes
     """Hash of size and decoded pixels, independent of the file's name and metadata."""
     stored: str
-    """Format of the file, channels and bits per sample."""
+    """File format, channels and bits per sample, such as "PNG, 1 x 16 bits"."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Duplicates:
     within: dict[str, list[list[str]]]
     """Groups of duplicates, as image names, within one split, by split."""
     contradicting: list[list[str]]
-    """Groups of duplicates, as image names, that have more than one class, or other labels."""
+    """Groups of duplicates, as image names, whose images differ in class or labels."""
     across_groups: list[list[str]]
     """Groups of duplicates, as image names, that are in several groups of the data set (data.columns.group)."""
 
@@ -82,7 +82,7 @@ class DatasetReport:
     sizes: Sizes
     """Width and height of every readable image in pixels, int64 [n, 2]."""
     stored: dict[str, int]
-    """Number of readable images by format of the file, channels and bits per sample, most frequent first."""
+    """Number of readable images by file format, channels and bits per sample, most frequent first."""
     mean: tuple[float, ...]
     """Mean of each channel over the training images, pixels in 0..1."""
     std: tuple[float, ...]
@@ -96,7 +96,7 @@ class DatasetReport:
     examples: dict[int, int]
     """Index of the first readable training image of each class, by class."""
     labels: LabelStatistics | None = None
-    """None if each image has one class."""
+    """Statistics of multi-label data; None if each image has one class."""
     groups: GroupStatistics | None = None
     notes: tuple[str, ...] = ()
     """Notes on how the folders were read, what was left out, and where the splits come from."""
@@ -354,7 +354,7 @@ def _examples(groups: list[list[str]], sign: str) -> list[str]:
 
 
 def _first(items: list[str]) -> list[str]:
-    """Format the first items, one per line, and the number of further items."""
+    """Return the first items, one per line, and the number of the others."""
     more = [f"  ... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
     return [*(f"  {item}" for item in items[:SHOWN]), *more]
 

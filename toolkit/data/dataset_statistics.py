@@ -1,4 +1,4 @@
-"""Statistics of a data set for `toolkit data`: formats of the files, labels that occur together, groups."""
+"""Statistics of a data set for `toolkit data`: file formats, co-occurring labels, groups."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from toolkit.data.value_range import sample_kind
 
 
 def stored_format(dataset: Dataset, i: int) -> str:
-    """Describe how image i is stored: format of the file, channels and bits per sample, as in "PNG, 1 x 16 bits"."""
+    """Describe how image i is stored: file format, channels and bits per sample, such as "PNG, 1 x 16 bits"."""
     images = dataset.images
     if not isinstance(images, EncodedImages):
         return f"array, {dataset.native_channels} x 8 bits"
@@ -28,9 +28,9 @@ def stored_format(dataset: Dataset, i: int) -> str:
         try:
             with Image.open(file) as image:
                 if image.mode == "P":
-                    return f"{image.format}, palette of 8 bits"
+                    return f"{image.format}, 8-bit palette"
                 return f"{image.format}, {len(image.getbands())} x {_bits(image)}"
-        except UnidentifiedImageError:  # decoded without Pillow
+        except UnidentifiedImageError:  # a format that is decoded without Pillow
             file.seek(0)
             data = file.read()
     values = read_values(data, images.channels, images.page, apply_exif=False)
@@ -39,7 +39,7 @@ def stored_format(dataset: Dataset, i: int) -> str:
 
 
 def _bits(image: Image.Image) -> str:
-    """Return the bits per sample of an image that is opened but not loaded."""
+    """Return the bits per sample of an image that is open but not decoded."""
     kind = sample_kind(image)
     if kind == "float":
         return "32 bits (float)"
@@ -50,22 +50,22 @@ def _bits(image: Image.Image) -> str:
 
 @dataclass(frozen=True)
 class LabelStatistics:
-    """Labels of a multi-label data set: how many an image has, and which occur together."""
+    """Statistics of a multi-label data set: number of labels per image, and pairs of labels that occur together."""
 
     per_image: dict[int, int]
-    """Number of images by their number of labels."""
+    """Number of images by number of labels."""
     pairs: list[tuple[int, int, int]]
-    """Two labels, as indices into the classes, and the number of images with both, most frequent first."""
+    """Two class indices and the number of images with both labels, most frequent first."""
     counts: IntArray
     """Number of images with each label, [K]."""
 
     def to_json(self, classes: list[str]) -> dict[str, Any]:
-        """Return a JSON-serializable dict; ``classes`` are the names."""
+        """Return a JSON-serializable dict with class names instead of indices."""
         pairs = [{"labels": [classes[a], classes[b]], "images": count} for a, b, count in self.pairs]
         return {"labels_per_image": {str(n): count for n, count in self.per_image.items()}, "label_pairs": pairs}
 
     def lines(self, classes: list[str], shown: int) -> list[str]:
-        """Format as text, with the ``shown`` most frequent pairs."""
+        """Return lines of text that list the ``shown`` most frequent pairs."""
         numbers = ", ".join(f"{n} ({count:,})" for n, count in self.per_image.items())
         found = [f"labels per image  {numbers}"]
         if self.pairs:
@@ -79,7 +79,7 @@ class LabelStatistics:
 
 
 def label_statistics(labels: npt.NDArray[np.uint8]) -> LabelStatistics:
-    """Count labels and pairs of labels; ``labels`` is 1 for each label of an image, [N, K]."""
+    """Count labels and pairs of labels. ``labels``: 1 for each label of an image, else 0, [N, K]."""
     matrix = csr_array(labels.astype(np.int64))
     both = (matrix.T @ matrix).tocoo()
     above = both.row < both.col
@@ -96,22 +96,22 @@ def label_statistics(labels: npt.NDArray[np.uint8]) -> LabelStatistics:
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """Groups of images, such as patients."""
+    """Statistics of groups of images, such as all images of one patient."""
 
     by_split: dict[str, int]
     """Number of groups with images in each split."""
     count: int
     largest: int
-    """Number of images of the largest group."""
+    """Number of images in the largest group."""
     median: float
-    """Median number of images of a group."""
+    """Median number of images per group."""
     across: dict[str, int]
-    """Number of groups that have images in two splits (leakage), by pair such as "train, test"."""
+    """Number of groups with images in both splits of a pair (leakage), by pair, such as "train, test"."""
 
     def lines(self) -> list[str]:
-        """Format as text."""
+        """Return lines of text."""
         splits = ", ".join(f"{count:,} in {split}" for split, count in self.by_split.items())
-        found = [f"groups     {self.count:,} ({splits}), median {self.median:g} images, at most {self.largest:,}"]
+        found = [f"groups     {self.count:,} ({splits}), median {self.median:g} images, maximum {self.largest:,}"]
         for pair, count in self.across.items():
             if count:
                 found.append(f"leakage    {count:,} groups have images in both {pair.replace(', ', ' and ')}")
@@ -119,7 +119,7 @@ class GroupStatistics:
 
 
 def group_statistics(groups: IntArray, splits: dict[str, IntArray]) -> GroupStatistics:
-    """Count the groups of the images in the splits; ``groups`` is the number of each image's group, [N]."""
+    """Count the groups in each split. ``groups``: group number of each image, [N]."""
     own = {split: np.unique(groups[splits[split]]) for split in SPLITS}
     _, sizes = np.unique(groups[np.concatenate([splits[split] for split in SPLITS])], return_counts=True)
     across = {f"{a}, {b}": len(np.intersect1d(own[a], own[b])) for a, b in combinations(SPLITS, 2)}

@@ -42,7 +42,7 @@ class Dataset:
     """Class names, encoded by :func:`toolkit.filenames.encode_name`; a label is an index into them."""
     images: ImageSource
     labels: npt.NDArray[Any]
-    """Class of each image, int64 [N]; multi-label: uint8 [N, classes], 1 for each label of an image."""
+    """Class index of each image, int64 [N]; multi-label: uint8 [N, classes], 1 for each label of an image, else 0."""
     lists: dict[str, IntArray]
     """Official lists, int64 indices each: "train" always (may be empty), "validation" and "test" if they exist."""
     native_size: int | None
@@ -51,7 +51,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     """Lines for the log: how the folders were read and what was left out."""
     groups: IntArray | None = None
-    """Number of each image's group, int64 [N]; drawn splits never divide a group."""
+    """Group number of each image, int64 [N]; random splits never divide a group."""
     weights: npt.NDArray[np.float64] | None = None
     """Weight of each image in the training loss, [N]."""
     kept: Mapping[str, PackedStrings] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Dataset:
         return self.labels.ndim == 2
 
     def labels_of(self, i: int) -> tuple[int, ...]:
-        """Return the class of an image, or its labels, as indices into ``classes``."""
+        """Return the class of image i, or all its labels, as indices into ``classes``."""
         return tuple(np.flatnonzero(self.labels[i]).tolist()) if self.is_multi_label else (int(self.labels[i]),)
 
     def with_kept(self, rows: Iterable[Sequence[object]], indices: IntArray) -> Iterator[tuple[object, ...]]:
@@ -72,7 +72,7 @@ class Dataset:
             yield *row, *(values[i] for values in self.kept.values())
 
     def class_counts(self, indices: IntArray) -> IntArray:
-        """Return the number of images of each class, or with each label, among those at ``indices``: int64 [K]."""
+        """Return the number of images of each class (multi-label: with each label) among ``indices``, int64 [K]."""
         labels = self.labels[indices]
         counts = labels.sum(0) if self.is_multi_label else np.bincount(labels, minlength=len(self.classes))
         return counts.astype(np.int64)
@@ -170,8 +170,8 @@ def _caltech_list(folder: Path, name: str, present: dict[str, list[str]], backgr
 def open_imagefolder(table: DataConfig) -> Dataset:
     """Open folders of images with one subfolder per class, in a folder per split or directly in the root.
 
-    A root may be a zip or tar file that contains these folders. Images of several roots are joined; their names then
-    begin with the root's.
+    A root may be a zip or tar file that contains these folders. The images of several roots are combined; their names
+    then begin with that of their root.
     """
     roots = table.roots
     unread = [split for split in ("validation", "test") if getattr(table.split, split) == 0]
@@ -208,11 +208,11 @@ def _layout(root: str, table: DataConfig, unread: list[str]) -> Layout:
 
 
 def root_names(roots: Sequence[str]) -> list[str]:
-    """Return what the names of each root's images begin with: as many of its last folders as tell all roots apart."""
+    """Return a prefix for the image names of each root: as many of its last folders as make all prefixes different."""
     parts = [Path(os.path.realpath(root)).parts for root in roots]
     for one, other in permutations(range(len(roots)), 2):
         if parts[one][: len(parts[other])] == parts[other]:
-            raise UserError(f"data.root: {roots[one]} is in {roots[other]}, so that its images would be used twice")
+            raise UserError(f"data.root: {roots[one]} is inside {roots[other]}, so its images would be used twice")
     parts = [Path(os.path.abspath(root)).parts for root in roots]
     counts = range(1, max(map(len, parts)) + 1)
     names = (["/".join(part[-count:]) for part in parts] for count in counts)

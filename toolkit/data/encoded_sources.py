@@ -1,4 +1,4 @@
-"""Where the bytes of encoded images come from: files below a folder, or another place that gives them by number."""
+"""Sources of encoded images: files in a folder, or other storage that returns the bytes of an image by its number."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from toolkit.filenames import encode_name
 class EncodedSource(Protocol):
     """A numbered collection of encoded images (JPEG, PNG, ...), shared with data workers when they are forked.
 
-    :class:`toolkit.data.image_sources.EncodedImages` decodes them. ``open``, and reading what it returns, may raise any
-    exception: an OSError with the errno of a missing or forbidden file means a fault of the image, one with another
-    errno a fault of the system, and every other exception a damaged image.
+    :class:`toolkit.data.image_sources.EncodedImages` decodes them. ``open``, and reading from the file it returns, may
+    raise any exception: an OSError whose errno means a missing or forbidden file is a fault of the image, an OSError
+    with another errno a fault of the system, and every other exception means a damaged image.
     """
 
     def __len__(self) -> int: ...
 
     def open(self, i: int) -> BinaryIO:
-        """Open the bytes of image i, seekable. Data workers and threads call this at the same time."""
+        """Return the bytes of image i as a seekable file. Data workers and threads may call this at the same time."""
         ...
 
     def name(self, i: int) -> str:
@@ -39,11 +39,11 @@ class EncodedSource(Protocol):
         ...
 
     def location(self, i: int) -> str:
-        """Return where image i is stored, for messages about faults of the system; encoded like the name."""
+        """Return where image i is stored, for messages about system errors; encoded like the name."""
         ...
 
     def size_and_version(self, i: int) -> tuple[int, int]:
-        """Return the size of image i in bytes and an int64 that changes with its content.
+        """Return the size of image i in bytes, and a version: an int64 that changes if its content changes.
 
         The version is a modification time in nanoseconds or a digest. Raises OSError.
         """
@@ -51,15 +51,16 @@ class EncodedSource(Protocol):
 
 
 def read_bytes(source: EncodedSource, i: int) -> bytes:
-    """Return all bytes of image i."""
+    """Return the encoded bytes of image i."""
     with source.open(i) as file:
         return file.read()
 
 
 class PackedStrings:
-    """Strings stored end to end in one byte buffer.
+    """A list of strings stored end to end in one byte buffer.
 
-    A list of a million str would be copied into every worker process, page by page, as its reference counts change.
+    Worker processes share its memory. Of a list of str each worker would get its own copy, page by page, because
+    reference counts are written even when an element is only read.
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
@@ -70,17 +71,17 @@ class PackedStrings:
 
     @classmethod
     def from_arrays(cls, buffer: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64]) -> PackedStrings:
-        """Return the strings whose arrays these are, without copying them; nothing can be appended."""
+        """Return the strings of arrays returned by :meth:`arrays`, without a copy; nothing can be appended to it."""
         strings = cls()
         strings._buffer, strings._ends = buffer, ends
         return strings
 
     def arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """Return the bytes of all strings, uint8, and where each string begins and ends in them, int64 [N + 1]."""
+        """Return the bytes of all strings, uint8, and the offset of each string and of the end, int64 [N + 1]."""
         return np.frombuffer(self._buffer, dtype=np.uint8), np.frombuffer(self._ends, dtype=np.int64)
 
     def append(self, string: str) -> None:
-        """Add a string at the end."""
+        """Append a string."""
         assert isinstance(self._buffer, bytearray)
         assert isinstance(self._ends, array)
         self._buffer += os.fsencode(string)
@@ -96,7 +97,7 @@ class PackedStrings:
 
 
 class ImageFiles:
-    """Image files below one folder; an :class:`EncodedSource`."""
+    """Image files below one folder; implements :class:`EncodedSource`."""
 
     def __init__(self, root: Path, paths: Iterable[str] | PackedStrings) -> None:
         """``paths`` are relative to ``root``."""
@@ -107,11 +108,11 @@ class ImageFiles:
         return len(self._paths)
 
     def path(self, i: int) -> str:
-        """Return the path of image i for the file system."""
+        """Return the path of image i, not encoded, for opening it."""
         return os.path.join(self.root, self._paths[i])
 
     def open(self, i: int) -> BinaryIO:
-        """Open the file. Raises OSError for pipes, sockets and devices: opening a pipe would block until a write."""
+        """Open the file. Raises OSError for pipes, sockets and devices, because opening a pipe may block forever."""
         path = self.path(i)
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -133,7 +134,7 @@ class ImageFiles:
 
 
 class PackedImages:
-    """Encoded images stored end to end in one array of bytes, such as a memory-mapped file; an EncodedSource."""
+    """Encoded images stored end to end in one byte array, such as a memory-mapped file; an EncodedSource."""
 
     def __init__(
         self,
@@ -144,10 +145,10 @@ class PackedImages:
         *,
         location: str,
     ) -> None:
-        """``data``: uint8 [bytes]. ``ends``: where each image ends in it, int64 [N]; image 0 starts at 0.
+        """``data``: uint8 [bytes]. ``ends``: end offset of each image in it, int64 [N]; image 0 starts at 0.
 
-        ``names``: see :meth:`EncodedSource.name`, not encoded. ``versions``, int64 [N]: see
-        :meth:`EncodedSource.size_and_version`. ``location``: the file that holds all images.
+        ``names``: see :meth:`EncodedSource.name`, but not encoded. ``versions``: see
+        :meth:`EncodedSource.size_and_version`, int64 [N]. ``location``: the file that contains all images.
         """
         self._data, self._ends, self._names = data, ends, names
         self._versions, self._location = versions, location
@@ -159,7 +160,7 @@ class PackedImages:
         return int(self._ends[i - 1]) if i else 0, int(self._ends[i])
 
     def open(self, i: int) -> BinaryIO:
-        """Return the bytes of image i as a file in memory."""
+        """Return the bytes of image i as an in-memory file."""
         start, end = self._range(i)
         return io.BytesIO(self._data[start:end].tobytes())
 
@@ -168,20 +169,20 @@ class PackedImages:
         return encode_name(self._names[i])
 
     def location(self, i: int) -> str:
-        """Return the file that holds all images."""
+        """Return the path of the file that contains all images."""
         return encode_name(self._location)
 
     def size_and_version(self, i: int) -> tuple[int, int]:
-        """Return the number of bytes of image i, and its version."""
+        """Return the size of image i in bytes, and its version."""
         start, end = self._range(i)
         return end - start, int(self._versions[i])
 
 
 class JoinedImages:
-    """The images of several sources, one after the other; an EncodedSource."""
+    """The concatenated images of several sources; an EncodedSource."""
 
     def __init__(self, sources: Mapping[str, EncodedSource]) -> None:
-        """``sources``: by the prefix of their names."""
+        """``sources``: by the prefix that is added to the names of their images."""
         self._prefixes, self._sources = [encode_name(prefix) for prefix in sources], list(sources.values())
         self._ends = np.cumsum([len(source) for source in self._sources])
 
@@ -189,7 +190,7 @@ class JoinedImages:
         return int(self._ends[-1])
 
     def _place(self, i: int) -> tuple[int, int]:
-        """Return the number of the source of image i, and its number there."""
+        """Return the number of image i's source, and the image's number in it."""
         at = int(np.searchsorted(self._ends, i, side="right"))
         return at, i - (int(self._ends[at - 1]) if at else 0)
 
@@ -199,7 +200,7 @@ class JoinedImages:
         return self._sources[at].open(own)
 
     def name(self, i: int) -> str:
-        """Return the prefix of the source of image i and its name there."""
+        """Return the name of image i in its source, after the source's prefix."""
         at, own = self._place(i)
         return f"{self._prefixes[at]}/{self._sources[at].name(own)}"
 
@@ -209,6 +210,6 @@ class JoinedImages:
         return self._sources[at].location(own)
 
     def size_and_version(self, i: int) -> tuple[int, int]:
-        """Return size and version of image i in its source."""
+        """Return the size in bytes and the version of image i, from its source."""
         at, own = self._place(i)
         return self._sources[at].size_and_version(own)

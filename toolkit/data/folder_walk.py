@@ -62,7 +62,7 @@ def list_folder(path: str | Path) -> FolderListing:
 
 
 def _sort_in(entry: os.DirEntry[str], found: FolderListing) -> None:
-    """Add one entry of a folder to its listing."""
+    """Add one directory entry to the listing of its folder."""
     name = entry.name
     if _leave_out_hidden(name, entry.is_dir(follow_symlinks=False), found):
         return
@@ -84,7 +84,7 @@ def _sort_in(entry: os.DirEntry[str], found: FolderListing) -> None:
 
 
 def _leave_out_hidden(name: str, is_folder: bool, found: FolderListing) -> bool:
-    """Return whether an entry is hidden, or created by a system; it is then left out of the listing."""
+    """Return whether an entry is hidden or created by an operating system, and leave it out of the listing if so."""
     if not name.startswith(".") and name not in _JUNK:
         return False
     if is_folder:
@@ -95,7 +95,7 @@ def _leave_out_hidden(name: str, is_folder: bool, found: FolderListing) -> bool:
 
 
 def _add(name: str, is_folder: bool, is_file: bool, found: FolderListing) -> None:
-    """Add a visible entry to a listing; neither folder nor file: a special file."""
+    """Add a visible entry to a listing; if it is neither a folder nor a file, it is a special file."""
     if is_folder:
         found.folders.append(name)
     elif not is_file:
@@ -215,7 +215,7 @@ class FolderWalk:
 def identity(folder: str | Path) -> tuple[int, int]:
     """Return the device and inode of a folder. Raises UserError if it cannot be read.
 
-    For a folder in an archive: two numbers that no other folder has.
+    For a folder in an archive, return two numbers that identify it in the same way.
     """
     try:
         state = os.stat(folder)

@@ -1,7 +1,7 @@
-"""Data sets of the library `datasets` of Hugging Face: a folder, a data set saved to disk, or one of the hub.
+"""Data sets of Hugging Face's library `datasets`: a folder, a data set saved to disk, or one on the Hub.
 
-Images are not decoded by the library: their files are read where they are, and images that are stored in its Arrow
-files, which it maps into memory, are read from there.
+Images are not decoded by the library: image files are read in place, and images stored in the library's Arrow files,
+which are memory-mapped, are read from them.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from toolkit.filenames import encode_name
 from toolkit.recipe.schema import DataConfig
 
 _SPLIT = "the data set's own split"
-"""Name of the column that :func:`_read` adds."""
+"""Name of the split column that :func:`_read` adds."""
 
 
 class ArrowImages:
     """Encoded images in the Arrow files of a data set, by split; an EncodedSource."""
 
     def __init__(self, parts: dict[str, Any], column: str, sizes: npt.NDArray[np.int64]) -> None:
-        """``parts``: a ``datasets.Dataset`` for each split. ``column``: of bytes, or of {bytes, path}.
+        """``parts``: a ``datasets.Dataset`` for each split. ``column``: its image column, of bytes or {bytes, path}.
 
-        ``sizes``: number of bytes of each image, [N].
+        ``sizes``: size of each image in bytes, [N].
         """
         self._splits, self._parts = list(parts), [_arrow(part, [column]) for part in parts.values()]
         self._ends = np.cumsum([len(part) for part in self._parts])
@@ -49,32 +49,32 @@ class ArrowImages:
         return int(self._ends[-1])
 
     def _place(self, i: int) -> tuple[int, int]:
-        """Return the number of the split of image i, and its row there."""
+        """Return the number of image i's split, and its row in that split."""
         at = int(np.searchsorted(self._ends, i, side="right"))
         return at, i - (int(self._ends[at - 1]) if at else 0)
 
     def open(self, i: int) -> BinaryIO:
-        """Return the bytes of image i as a file in memory."""
+        """Return the bytes of image i as an in-memory file."""
         at, row = self._place(i)
         (value,) = self._parts[at][row].column(0).to_pylist()
         return io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
 
     def name(self, i: int) -> str:
-        """Return the split of image i and its row there from 0, such as "train/17"."""
+        """Return the split of image i and its row in it, counted from 0, such as "train/17"."""
         at, row = self._place(i)
         return f"{self._splits[at]}/{row}"
 
     def location(self, i: int) -> str:
-        """Return a file of the data set, and the name of image i."""
+        """Return the path of a file of the data set, followed by the name of image i."""
         return encode_name(f"{self._location}, {self.name(i)}")
 
     def size_and_version(self, i: int) -> tuple[int, int]:
-        """Return the number of bytes of image i, and when the files of the data set were changed."""
+        """Return the size of image i in bytes, and the modification time of the data set's files."""
         return int(self._sizes[i]), self._version
 
 
 def open_huggingface(config: DataConfig) -> Dataset:
-    """Open a data set with the library `datasets`. Raises UserError, naming rows that cannot be used."""
+    """Open a data set with the library `datasets`. Raises UserError, which lists the invalid rows if there are any."""
     name = str(config.name)
     parts, notes = _splits(_load(name, config), name, config)
     features = parts["train"].features
@@ -130,14 +130,13 @@ def _load(name: str, config: DataConfig) -> Any:
             return datasets.load_from_disk(name)
         with _offline(datasets.config, not config.download):
             return datasets.load_dataset(name, **config.args)
-    except Exception as error:  # the library raises nearly anything
+    except Exception as error:  # the library raises exceptions of many types
         reason = " ".join(str(error).split())[:500] or type(error).__name__
         if folder.is_dir():
             raise UserError(f"the data set in {name} cannot be read: {reason}") from error
-        hint = "" if config.download else "; data.download is false, so that only its cache was searched"
+        hint = "" if config.download else "; data.download is false, so only the library's cache was searched"
         raise UserError(
-            f"data.name = {name!r} is neither a folder nor a data set of the Hugging Face hub that can be read: "
-            f"{reason}{hint}"
+            f"data.name = {name!r} is neither a folder nor a readable data set on the Hugging Face Hub: {reason}{hint}"
         ) from error
 
 
@@ -161,14 +160,14 @@ def _splits(found: Any, name: str, config: DataConfig) -> tuple[dict[str, Any], 
     for split in ("train", "validation", "test"):
         named = [key for key in own if split_of(key) == split]
         if len(named) > 1:
-            raise UserError(f"{name} has several splits for {split}: {', '.join(named)}; choose by data.args.split")
+            raise UserError(f"{name} has several {split} splits: {', '.join(named)}; select one with data.args.split")
         if named and (split == "train" or getattr(config.split, split) != 0):
             parts[split] = own[named[0]]
     unused = [key for key in own if split_of(key) is None]
     if unused:
-        notes.append(f"not used, because their names are not those of splits: {', '.join(unused)}")
+        notes.append(f"splits that are not used, because their names are unknown: {', '.join(unused)}")
     if "train" not in parts:
-        raise UserError(f"{name} has no training split, only {', '.join(own)}; data.args.split can name the one to use")
+        raise UserError(f"{name} has no training split, only {', '.join(own)}; select one with data.args.split")
     return parts, notes
 
 
@@ -176,18 +175,14 @@ def _splits(found: Any, name: str, config: DataConfig) -> tuple[dict[str, Any], 
 
 
 def _image_column(features: Any, name: str, config: DataConfig) -> str:
-    """Return the column that holds the images."""
+    """Return the name of the image column. Raises UserError if there is none, or more than one."""
     found = [key for key, feature in features.items() if _is_image(feature)]
     wanted = config.columns.image or ("image" if "image" in found else found[0] if len(found) == 1 else None)
     if wanted is None:
-        has = (
-            f"several columns of images ({', '.join(found)})"
-            if found
-            else f"no column of images, only {_shown(features)}"
-        )
-        raise UserError(f"{name} has {has}{': name one in data.columns.image' if found else ''}")
+        has = f"several image columns ({', '.join(found)})" if found else f"no image column, only {_shown(features)}"
+        raise UserError(f"{name} has {has}{': select one with data.columns.image' if found else ''}")
     if wanted not in found:
-        state = f"holds no images, but {features[wanted]}" if wanted in features else f"is not among {_shown(features)}"
+        state = f"contains {features[wanted]}, not images" if wanted in features else f"is not among {_shown(features)}"
         raise UserError(f"{name}: the column {wanted!r} {state}; see data.columns.image")
     return wanted
 
@@ -201,13 +196,13 @@ def _is_image(feature: Any) -> bool:
 
 
 def _label_column(features: Any, name: str, config: DataConfig) -> str | list[str]:
-    """Return the column of labels, or several columns. Raises UserError if they are no classes."""
+    """Return the label column, or several of them. Raises UserError if they do not contain classes."""
     wanted = config.columns.label
     if wanted == "label" and "label" not in features:
         found = [key for key, feature in features.items() if _names(feature) is not None]
         if len(found) != 1:
             columns = ", ".join(found) or _shown(features)
-            raise UserError(f"{name} has no column 'label', only {columns}: name one in data.columns.label")
+            raise UserError(f"{name} has no column 'label', only {columns}: select one with data.columns.label")
         wanted = found[0]
     for key in [wanted] if isinstance(wanted, str) else wanted:
         if key not in features:
@@ -215,14 +210,14 @@ def _label_column(features: Any, name: str, config: DataConfig) -> str | list[st
         feature = getattr(features[key], "feature", features[key])
         kind = getattr(feature, "dtype", None)
         if isinstance(kind, str) and kind.startswith(("float", "double", "decimal")):
-            raise UserError(f"{name}: the column {key!r} holds {kind} numbers, as for regression, and not classes")
+            raise UserError(f"{name}: the column {key!r} contains {kind} numbers, as for regression, not classes")
         if not isinstance(kind, str) or not kind.startswith(("int", "uint", "string", "large_string", "bool")):
-            raise UserError(f"{name}: the column {key!r} holds {feature}, and not classes; see data.columns.label")
+            raise UserError(f"{name}: the column {key!r} contains {feature}, not classes; see data.columns.label")
     return wanted
 
 
 def _names(feature: Any) -> list[str] | None:
-    """Return the names of the classes that a column states, as a label or a list of labels per image."""
+    """Return the class names in a column's ClassLabel feature, or in that of a list of labels; None without one."""
     names = getattr(getattr(feature, "feature", feature), "names", None)
     return list(names) if isinstance(names, list) else None
 
@@ -232,12 +227,12 @@ def _shown(features: Any) -> str:
 
 
 def _arrow(part: Any, columns: Sequence[str]) -> Any:
-    """Return a data set with only these columns, which gives tables of pyarrow."""
+    """Return the data set with only these columns, in a format that returns pyarrow tables."""
     return part.select_columns(list(columns)).with_format("arrow")
 
 
 def _has_no_labels(part: Any, label: str) -> bool:
-    """Return whether no row has a label; the hub's data sets often have -1 in their test split."""
+    """Return whether no row has a label; test splits on the Hub often contain only -1."""
     tables = _arrow(part, [label]).iter(batch_size=8192)
     return all(value in (None, -1) for table in tables for value in table.column(0).to_pylist())
 
@@ -245,9 +240,9 @@ def _has_no_labels(part: Any, label: str) -> bool:
 def _read(
     parts: dict[str, Any], image: str, names: list[str] | None, wanted: Sequence[str]
 ) -> Iterator[tuple[int, RowValues]]:
-    """Yield the rows of all splits, numbered from 1; ``names``: of the classes that integers in the data stand for.
+    """Yield the rows of all splits, numbered from 1. ``names``: class names for the integers in the label column.
 
-    The image is None, since images are read later.
+    The value of the image column is None, because images are read later.
     """
 
     def named(value: Any) -> Any:
@@ -267,7 +262,7 @@ def _read(
 
 
 def _source(parts: dict[str, Any], column: str, name: str) -> EncodedSource:
-    """Return the images: files if no row holds bytes, else the rows' bytes."""
+    """Return the images: files if no row contains bytes, else the bytes in the rows."""
     import pyarrow.compute as pc
 
     paths: list[str | None] = []

@@ -1,7 +1,7 @@
 """Collections of images that are cheap to share between processes: one array, or encoded images with a flat index.
 
-A decoded image is a uint8 array [h, w, C] everywhere. Only steps that need a Pillow image convert it, which is possible
-with 1 (gray) or 3 channels.
+A decoded image is always a uint8 array [h, w, C]. Only steps that need a Pillow image convert it, which is possible
+for 1 channel (grayscale) and 3 channels.
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ process could skip different images.
 """
 
 SAMPLED = 32
-"""Number of images whose encoded bytes are hashed for the identity of a collection."""
+"""Number of images whose encoded bytes are part of the identity of a collection."""
 
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 
 BLOCKS_KEPT = 4
 """Number of memory blocks of freed images that Pillow keeps for reuse.
 
-By default it returns them to the system, and the page faults of new blocks take a third of the time to decode a JPEG
-file.
+By default Pillow returns them to the system, and the page faults caused by new blocks account for a third of the time
+needed to decode a JPEG file.
 """
 
 # Cached images are read-only memory maps; PyTorch warns that tensors made from them must not be written to.
@@ -150,7 +150,7 @@ class InMemoryImages:
         if channels == 1 and pixels.ndim == 4 and pixels.shape[3] > 1:
             pixels = np.stack([to_pixels(Image.fromarray(image), 1) for image in pixels])
         self.pixels = pixels if pixels.ndim == 4 else pixels[..., None]
-        """Pixels of all images, uint8 [N, H, W, 1 or channels]."""
+        """Pixels of all images, uint8 [N, H, W, channels]."""
         if self.pixels.shape[3] != channels and (self.pixels.shape[3], channels) != (1, 3):
             found = self.pixels.shape[3]
             raise UserError(f"the images of {prefix} have {plural(found, 'channel')}, but data.channels is {channels}")
@@ -176,7 +176,7 @@ class InMemoryImages:
 
 
 class EncodedImages:
-    """Images that are decoded when they are loaded, from files or from anywhere else that gives their bytes."""
+    """Images that are decoded when they are loaded, from files or any other source of their bytes."""
 
     def __init__(
         self,
@@ -192,9 +192,9 @@ class EncodedImages:
         """``exif``: "apply" or "ignore" the orientation tag of the files (:mod:`toolkit.data.orientation`).
 
         ``value_range``: black and white values of samples with more than 8 bits (:mod:`toolkit.data.value_range`).
-        ``page``: which page of each file, or "channels" (:mod:`toolkit.data.array_images`). ``advice``: appended to
-        messages about unreadable images. ``origin``: function that says where image i is listed, such as "row 7 of
-        labels.csv", for the same messages.
+        ``page``: page to read from each file, or "channels" (:mod:`toolkit.data.array_images`). ``advice``: text
+        appended to messages about unreadable images. ``origin``: function that returns where image i is listed, such as
+        "row 7 of labels.csv", for the same messages.
         """
         self.source, self.channels, self.origin = source, channels, origin
         self.exif, self.value_range, self.page, self.advice = exif, value_range, page, advice
@@ -203,7 +203,7 @@ class EncodedImages:
         return len(self.source)
 
     def name(self, i: int) -> str:
-        """Return the source's name of image i, such as its path relative to the data folder."""
+        """Return the name of image i in its source, such as its path relative to the data folder."""
         return self.source.name(i)
 
     def with_range(self, value_range: Range | None) -> EncodedImages:
@@ -248,7 +248,7 @@ class EncodedImages:
         return read_values(data, self.channels, self.page, apply_exif=self.exif == "apply")
 
     def _opened(self, file: BinaryIO) -> Image.Image | None:
-        """Open an image with Pillow, at the wanted page; None if :func:`read_values` has to decode it."""
+        """Open an image with Pillow, at the requested page; None if :func:`read_values` has to decode it."""
         start = file.read(len(NUMPY))
         file.seek(0)
         if start == NUMPY:
@@ -264,12 +264,12 @@ class EncodedImages:
         if self.page != 0:
             pages = getattr(image, "n_frames", 1)
             if self.page == "channels" and pages > 1:
-                raise WrongLayout(f'only of TIFF files data.page = "channels" can be read, not of {image.format}')
+                raise WrongLayout(f'data.page = "channels" is only possible for TIFF files, not for {image.format}')
             image.seek(existing_page(0 if self.page == "channels" else self.page, pages))
         return image
 
     def _exceeds_pillow(self, image: Image.Image) -> bool:
-        """Return whether Pillow would lose channels or bits of a TIFF or PNG file that is opened but not loaded."""
+        """Return whether Pillow would lose channels or bits of a TIFF or PNG file, which is open but not decoded."""
         kind = sample_kind(image)
         if image.format not in ("TIFF", "PNG"):
             return False
@@ -280,9 +280,9 @@ class EncodedImages:
         return self.page == "channels" or (self.channels not in MODES and len(image.getbands()) != self.channels)
 
     def identity(self, indices: npt.NDArray[np.int64]) -> str:
-        """Return the SHA-256 of names, sizes, versions (modification times), and the bytes of a sample of the images.
+        """Return the SHA-256 hash of the images' names, sizes, versions (modification times), and bytes of a sample.
 
-        The location of the folder is not included: a copy with the same modification times has the same identity.
+        The path of the folder is not included: a copy with the same modification times has the same identity.
         Raises UnreadableImageError.
         """
         page = f" page {self.page}" if self.page != 0 else ""
@@ -361,7 +361,7 @@ class EncodedImages:
         return UnreadableImageError(self.name(i), reason, self.advice)
 
     def _reason(self, error: Exception, number: int | None, i: int) -> str:
-        """Describe what is wrong with image i; ``number`` is the errno if the system refused to read it."""
+        """Describe why image i cannot be read. ``number``: the errno if the operating system reported an error."""
         if number in _FILE_FAULTS:
             return _FILE_FAULTS[number]
         if isinstance(error, UnclearValues | WrongLayout):
@@ -385,7 +385,7 @@ def as_pixels(image: Image.Image) -> Pixels:
 
 
 def to_shown(pixels: Pixels) -> Image.Image:
-    """Return a Pillow image of uint8 [h, w, C]: the first three channels as colors, or the first one as gray."""
+    """Convert uint8 [h, w, C] to a Pillow image for display: the first three channels as RGB, or the first as gray."""
     return as_image(np.ascontiguousarray(pixels[..., : 3 if pixels.shape[2] >= 3 else 1]))
 
 
@@ -393,8 +393,8 @@ def to_pixels(image: Image.Image, channels: int) -> Pixels:
     """Decode fully and convert to uint8 [h, w, channels].
 
     For 1 or 3 channels, palettes are resolved and alpha is dropped; color becomes grayscale with the usual luma weights
-    (0.299, 0.587, 0.114). Other numbers must be the image's own, including alpha; raises WrongLayout if they are not.
-    Samples with more than 8 bits are accepted only if their values show that they are 16-bit
+    (0.299, 0.587, 0.114). With any other number, the image must have exactly that many channels, including alpha, or
+    WrongLayout is raised. Samples with more than 8 bits are accepted only if their values show that they are 16-bit
     (:func:`toolkit.data.value_range.to_bytes`).
     """
     kind = sample_kind(image)
@@ -411,7 +411,7 @@ def to_pixels(image: Image.Image, channels: int) -> Pixels:
 
 
 def in_stored_order(images: ImageSource, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return indices sorted by the shard that holds the image, so that shards are read one after the other."""
+    """Return the indices sorted by the shard that contains each image, so that shards are read one after the other."""
     stored_in = getattr(getattr(images, "source", None), "stored_in", None)
     return indices if stored_in is None else indices[np.argsort(stored_in[indices], kind="stable")]
 
@@ -420,7 +420,7 @@ class ImageCheckResult(NamedTuple):
     """Result of :func:`check_images`."""
 
     bad: list[tuple[int, str]]
-    """Index and reason of each unreadable image, in the given order, or in that of the shards that hold them."""
+    """Index and reason of each unreadable image, in the given order, or for shards in :func:`in_stored_order`."""
     extents: list[Extent]
     """Range of values of the images with more than 8 bits per sample, one per kind; empty if a range is set."""
 
@@ -436,7 +436,7 @@ def check_images(
     """Find the unreadable images among ``indices``.
 
     ``decode=False`` checks only the first and last bytes (see :meth:`EncodedImages.check`); ``decode=True`` decodes
-    every image, and so finds every image that would fail in training. ``threads`` defaults to the number of available
+    every image and thus finds all images that would fail in training. ``threads`` defaults to the number of available
     CPUs. ``progress`` is called with the number of images checked so far, once per 1,024 images.
     """
     if not isinstance(images, EncodedImages) or (getattr(images.source, "is_checked", False) and not decode):

@@ -29,7 +29,7 @@ STRIDE = 0.2
 ASPECT = 1.15
 """Maximum factor between the aspect ratios of a window and the image that it is compared with."""
 LIKELY, PROMISING = 0.9, 0.7
-"""Minimum correlation of a candidate window, and, at 16 x 16, of a window that is worth aligning."""
+"""Minimum correlation of a candidate window, and minimum correlation at 16 x 16 of a window that is then aligned."""
 KEPT = 6
 """Number of candidates per image that are examined further."""
 SAME, SAME_DETAIL, SAME_CROP, CROP = 0.9, 0.95, 0.8, 0.7

@@ -16,7 +16,7 @@ TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""Transposition that makes an image upright, by its orientation tag; no transposition for 1 and all other values."""
+"""Transposition that rotates an image upright, by orientation tag; no transposition for 1 and all other values."""
 
 _BACK = {**TURNS, 6: Transpose.ROTATE_90, 8: Transpose.ROTATE_270}
 """Inverse of each transposition in TURNS."""
@@ -26,9 +26,9 @@ _START_OF_SCAN, _APP1 = 0xDA, 0xE1
 
 
 def load_oriented(image: Image.Image, *, apply: bool) -> Image.Image:
-    """Decode an opened image and turn it upright according to its orientation tag, unless ``apply`` is false.
+    """Decode an open image and rotate it upright according to its orientation tag, unless ``apply`` is false.
 
-    The tag is read from EXIF, else from XMP, in any format. Pillow itself turns only TIFF files when decoding.
+    The tag is read from EXIF, else from XMP, in any format. Pillow itself only rotates TIFF files, when decoding them.
     """
     stored = orientation_of(image) if hasattr(image, "tag_v2") else 1
     image.load()

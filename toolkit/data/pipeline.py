@@ -1,6 +1,6 @@
-"""Choose which steps of a split's preprocessing run once per image, which once per example, and which on batches.
+"""Choose which preprocessing steps of a split run once per image, which once per example, and which on batches.
 
-The choice depends only on the recipe and the data set, not on caching, so a cache does not change any pixel.
+The choice depends only on the recipe and the data set, not on caching, so caching does not change any pixel.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PreprocessingPlan:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the steps applied image by image are deterministic, so that their result can be cached."""
+        """Whether the steps applied image by image are all deterministic, so that their result can be cached."""
         return self.steps <= len(self.transform.fixed)
 
 

@@ -24,10 +24,10 @@ class Preprocessing:
     image_size: Size
     """Height and width of the input in pixels."""
     resize: int | tuple[int, int] | None
-    """Short side, or (height, width), before the crop; None: no resize. With ``border``: long side, or the (height,
-    width) that images fit into."""
+    """Size of the short side, or (height, width), before the crop; None: no resize. With ``border``: size of the long
+    side, or (height, width) of the box that images are fitted into."""
     crop: bool
-    """Whether to take a center crop of ``image_size`` after the resize."""
+    """Whether a center crop of ``image_size`` follows the resize."""
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -36,11 +36,11 @@ class Preprocessing:
     value_range: tuple[float, float] | None = None
     """Values of black and white in files with more than 8 bits per sample; None: the training data had no such file."""
     border: tuple[int, ...] | None = None
-    """Padding color, 0..255 per channel, if the long side becomes ``resize``; None if the short side does."""
+    """Padding color, 0..255 per channel, if images are fitted and padded; None if they are resized to be cropped."""
     page: int | Literal["channels"] = 0
-    """Page of files with several pages, from 0, or "channels": the pages are the channels."""
+    """Page of files with several pages, from 0, or "channels" if the pages are the channels."""
     cover: bool = False
-    """Whether images keep their aspect ratio and cover a ``resize`` of (height, width); if not, they are stretched."""
+    """Whether images keep their aspect ratio and cover a ``resize`` of (height, width), or are stretched to it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serializable dict for :meth:`from_dict`; ``image_size`` is one number if it is square."""
@@ -61,7 +61,7 @@ def resolve_channels(data: DataConfig, *, pretrained: bool) -> DataConfig:
 
 
 def as_trained(data: DataConfig, preprocessing: Preprocessing) -> DataConfig:
-    """Return ``data`` with the ``exif``, ``value_range`` and ``page`` that a trained model was trained with."""
+    """Return ``data`` with the ``exif``, ``value_range`` and ``page`` settings that a model was trained with."""
     found = preprocessing.value_range
     value_range = "auto" if found is None else list(found)
     return data.model_copy(update={"exif": preprocessing.exif, "value_range": value_range, "page": preprocessing.page})
@@ -74,12 +74,12 @@ def resolve_preprocessing(
     native_channels: int,
     measure: Callable[[Preprocessing], tuple[tuple[float, ...], tuple[float, ...]]],
 ) -> Preprocessing:
-    """Resolve every value from the recipe, else from the weights, else from the data set.
+    """Take each setting from the recipe, else from the weights, else from the data set.
 
     ``measure`` returns the training images' mean and standard deviation per channel (pixels in 0..1) for a
-    preprocessing without normalization; it is called only for ``normalize = "dataset"``. The background of letterboxed
-    images is not measured. Raises UserError if no image size is known, or the number of values of ``normalize`` or
-    ``fill`` differs from the number of channels.
+    preprocessing without normalization; it is called only for ``normalize = "dataset"``, and ignores the background of
+    letterboxed images. Raises UserError if no image size is known, or if ``normalize`` or ``fill`` does not have one
+    value per channel.
     """
     channels = data.channels or (3 if weights else native_channels)
     wanted = data.image_size or (weights.size if weights else native_size)
@@ -104,25 +104,25 @@ def resolve_preprocessing(
         border = _fill_color(data.fill, mean)
     for key, values in (("normalize", mean), ("normalize", std), ("fill", border)):
         if values is not None and len(values) != channels:
-            raise UserError(f"data.{key}: {len(values)} values for {channels} channels; give one value per channel")
+            raise UserError(f"data.{key} has {len(values)} values for {channels} channels; give one value per channel")
     return replace(plain, mean=mean, std=std, border=border)
 
 
 def _fill_color(fill: str | list[int], mean: tuple[float, ...]) -> tuple[int, ...]:
-    """Return the background of letterboxed images, 0..255 per channel."""
+    """Return the background color of letterboxed images, 0..255 per channel."""
     if isinstance(fill, list):
         return tuple(fill)
     return tuple(0 if fill == "black" else min(255, max(0, round(255 * value))) for value in mean)
 
 
 def scaled_size(image: Size, box: Size, *, fit: bool) -> Size:
-    """Return the size of an image scaled to fit into a box, or else to cover it, with its aspect ratio kept."""
+    """Return the size of an image that is scaled to fit into a box (or to cover it), keeping its aspect ratio."""
     ratio = (max if fit else min)(side / wanted for side, wanted in zip(image, box, strict=True))
     return max(1, round(image[0] / ratio)), max(1, round(image[1] / ratio))
 
 
 def image_area(preprocessing: Preprocessing, image: Size) -> tuple[slice, slice]:
-    """Return the rows and columns of the model's input that show an image of this size; the rest is its background."""
+    """Return the rows and columns of the model's input that an image of this size occupies, without background."""
     size, resize = preprocessing.image_size, preprocessing.resize
     if preprocessing.border is None or resize is None or not preprocessing.crop:
         return slice(0, size[0]), slice(0, size[1])
@@ -133,12 +133,12 @@ def image_area(preprocessing: Preprocessing, image: Size) -> tuple[slice, slice]
 
 
 def eval_preprocessing(train: Preprocessing, data: DataConfig, weights: PretrainedInput | None) -> Preprocessing:
-    """Return the preprocessing of evaluation and prediction: that of training, unless ``eval_image_size`` is set."""
+    """Return the preprocessing for evaluation and prediction, which differs if ``eval_image_size`` is set."""
     return _at_size(train, data, weights, as_size(data.eval_image_size)) if data.eval_image_size else train
 
 
 def training_stages(train: Preprocessing, data: DataConfig, weights: PretrainedInput | None) -> list[Preprocessing]:
-    """Return the preprocessing of each stage of ``progressive_sizes``; without it, one stage."""
+    """Return the preprocessing for each stage of ``progressive_sizes``; without them there is one stage."""
     sizes = data.progressive_sizes or [as_value(train.image_size)]
     stages = [_at_size(train, data, weights, as_size(size)) for size in sizes]
     if stages[-1].image_size != train.image_size:
@@ -150,18 +150,18 @@ def training_stages(train: Preprocessing, data: DataConfig, weights: PretrainedI
 
 
 def stage_of(epoch: int, epochs: int, stages: int) -> int:
-    """Return the stage of an epoch (both from 0): the run's epochs are divided into ``stages`` equal parts."""
+    """Return the stage of an epoch (both counted from 0) if the run is divided into ``stages`` equal parts."""
     return min(stages - 1, epoch * stages // epochs)
 
 
 def _at_size(known: Preprocessing, data: DataConfig, weights: PretrainedInput | None, size: Size) -> Preprocessing:
-    """Return a preprocessing for inputs of another size, with the same normalization."""
+    """Return the preprocessing for inputs of another size, with the same normalization."""
     resize, cover = _resize(data, weights, size)
     return replace(known, image_size=size, resize=resize, cover=cover)
 
 
 def _resize(data: DataConfig, weights: PretrainedInput | None, size: Size) -> tuple[int | Size | None, bool]:
-    """Return ``resize`` and ``cover`` of the preprocessing for inputs of this size."""
+    """Return the fields ``resize`` and ``cover`` of the preprocessing for inputs of ``size``."""
     if data.resize == "none":
         return None, False
     if data.resize == "letterbox":
@@ -173,7 +173,10 @@ def _resize(data: DataConfig, weights: PretrainedInput | None, size: Size) -> tu
 
 
 def _default_resize(size: Size, weights: PretrainedInput | None) -> int | Size:
-    """Return the resize before a crop to ``size``, with the margin of the weights or ImageNet's: a number if square."""
+    """Return the size before a crop to ``size``, from the crop ratio of the weights or ImageNet's 0.875.
+
+    It is one number if it is square.
+    """
     if weights:
         height, width = (round(weights.resize * side / weights.image_size) for side in size)
         return (height, width) if weights.crop_mode == "squash" or height != width else height

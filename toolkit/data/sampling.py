@@ -30,7 +30,7 @@ _MASK = 2**64 - 1
 _ORDER_STREAM = 0x6F72646572
 """Key constant that makes the order independent of all other random numbers with the same seed ("order" in ASCII)."""
 _SHARD_STREAM = 0x736861726473
-"""The same for the order of shards ("shards" in ASCII)."""
+"""The same constant for the order of the shards ("shards" in ASCII)."""
 
 
 def hash64(*key: int) -> int:
@@ -83,14 +83,15 @@ def epoch_order(seed: int, epoch: int, size: int, weights: npt.NDArray[np.float6
 
 
 def limit_to_shards(order: IntArray, shards: IntArray, at_once: int, seed: int, epoch: int) -> IntArray:
-    """Reorder an epoch so that any part of it needs the images of only about ``at_once`` shards: int64 [size].
+    """Reorder an epoch so that only about ``at_once`` shards are read at any time; return the positions, int64 [size].
 
-    ``order``: positions in random order, :func:`epoch_order`. ``shards``: shard of each position, int64 [size].
+    ``order``: positions in random order, from :func:`epoch_order`. ``shards``: shard of each position, int64 [size].
 
-    The shards take turns in a random order, and the images of each are spread evenly over ``at_once`` turns, the last
-    ones continuing at the start of the epoch. So two images of a batch are from the same shard with a probability of
-    about 1 / ``at_once``, everywhere in the epoch, and all shards but ``at_once`` are needed for one stretch of it. If
-    ``at_once`` is the number of all shards, the order is uniformly random.
+    The shards start one after another, in a random order, and the images of each are spread evenly over the time in
+    which ``at_once`` shards start; those of the last shards wrap around to the start of the epoch. So at any point of
+    the epoch, two images of a batch come from the same shard with a probability of about 1 / ``at_once``, and all but
+    ``at_once`` shards are needed during one contiguous part of the epoch. If ``at_once`` is the number of all shards,
+    the order is uniformly random.
     """
     numbers, own = np.unique(shards, return_inverse=True)
     turns = keyed_permutation(len(numbers), _SHARD_STREAM, seed, epoch)[own[order]]
@@ -205,7 +206,7 @@ class SamplingPlan:
     views: int | None = None
     """Number of different augmented versions of each image; None: a new one each time."""
     shards: IntArray | None = None
-    """Shard of each position, int64 [size], if the order is limited to some at a time, :func:`limit_to_shards`."""
+    """Shard of each position, int64 [size], if the order is limited to a few at a time by :func:`limit_to_shards`."""
     shards_at_once: int = 1
 
     @property

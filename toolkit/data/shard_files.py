@@ -24,7 +24,7 @@ KEPT_OPEN = 256
 """Number of local shards that each process keeps open; others are opened again for every image."""
 
 KEPT = ("*.tar", "*.parquet", "*.images")
-"""Patterns of the copies in the folder: fetched shards, and the images of Parquet shards."""
+"""Patterns for the files in the cache folder: downloaded shards, and images copied from Parquet shards."""
 
 PAUSES_S = (1.0, 5.0)
 """Seconds to wait before the second and the third attempt to download a shard."""
@@ -170,7 +170,7 @@ class FetchedShards:
 
 
 class ParquetShards(FetchedShards):
-    """The images of Parquet shards, each shard's copied end to end into a file of its own when first needed.
+    """Parquet shards: when a shard is first needed, its images are copied end to end to a file in the cache folder.
 
     Parquet compresses many images together, so that reading one from it means reading hundreds.
     """
@@ -178,17 +178,17 @@ class ParquetShards(FetchedShards):
     def __init__(
         self, stored: LocalShards | FetchedShards, column: str, copies: Sequence[Shard], folder: Path, limit: int | None
     ) -> None:
-        """``stored``: the Parquet files. ``copies``: size and checksum of the images of each, end to end."""
+        """``stored``: the Parquet files. ``copies``: size and checksum of the copied images of each file."""
         url = stored.url if isinstance(stored, FetchedShards) else str(stored.folder)
         super().__init__(url, copies, folder, limit)
         self.stored, self.column = stored, column
 
     def path(self, number: int) -> Path:
-        """Return where the images of a shard are kept."""
+        """Return the path of the file with the copied images of a shard."""
         return super().path(number).with_suffix(".images")
 
     def _fetch(self, number: int, path: Path) -> None:
-        """Copy the images of a shard to ``path`` and compare them. Raises OSError with EIO."""
+        """Copy the images of a shard to ``path`` and verify the copy. Raises OSError with EIO."""
         try:
             with self.stored.open(number) as file, open(path, "wb") as copy:
                 for images in read_encoded(file, self.column, self.location(number)):
@@ -196,7 +196,7 @@ class ParquetShards(FetchedShards):
         except UserError as error:
             raise OSError(errno.EIO, str(error)) from None
         finally:
-            if isinstance(self.stored, FetchedShards):  # its place is needed for the copy
+            if isinstance(self.stored, FetchedShards):  # the downloaded file is no longer needed
                 self.stored.path(number).unlink(missing_ok=True)
         if fault := _difference(path, self.shards[number]):
             raise OSError(errno.EIO, fault)

@@ -31,7 +31,7 @@ _TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F64": np.float64}
 
 
 class Shard(NamedTuple):
-    """One file: a tar file, or the images of a Parquet file, end to end."""
+    """One file: a tar file, or the images of a Parquet file stored end to end."""
 
     name: str
     size: int
@@ -73,7 +73,7 @@ class ShardIndex:
     is_checked: bool = False
     """Whether the images were checked when the index was written: all are readable and have 8 bits per sample."""
     image_column: str | None = None
-    """Column that contains the images if the shards are Parquet files."""
+    """Image column if the shards are Parquet files, else None."""
 
     def write(self, path: Path) -> None:
         """Write the file atomically. Raises OSError."""

@@ -1,4 +1,4 @@
-"""Indexing shards without an index: by reading the headers of tar files, or all rows of Parquet files.
+"""Building the index of shards that have none, from the headers of tar files or all rows of Parquet files.
 
 In tar files, members are grouped into samples as in WebDataset: a sample consists of all members with the same path up
 to the first dot of the file name. One of them is the image; ``.cls`` contains the label as text, and the keys of the
@@ -78,9 +78,9 @@ def scan(config: DataConfig, files: ShardFiles, versions: Sequence[str]) -> Shar
 
 
 def scan_parquet(config: DataConfig, files: ShardFiles) -> ShardIndex:
-    """Read all Parquet files. Raises UserError.
+    """Build the index of all Parquet files by reading them. Raises UserError.
 
-    Addresses in the index are those in the images of a file, end to end (:class:`ParquetShards`).
+    Offsets in the index refer to the copied images of each file, stored end to end (:class:`ParquetShards`).
     """
     copies = list[Shard]()
     shard, size, version, starts = array("i"), array("q"), array("q"), [0]
@@ -93,7 +93,7 @@ def scan_parquet(config: DataConfig, files: ShardFiles) -> ShardIndex:
                 shard.append(number)
                 size.append(len(image))
                 version.append(zlib.crc32(image))
-                path = values[0] if values[0] not in seen else None  # the library `datasets` keeps only file names
+                path = values[0] if values[0] not in seen else None  # not unique: `datasets` stores only file names
                 seen.add(path or "")
                 yield starts[-1] + row, [f"{stored.name}/{path or row}", *values[1:]]
             starts.append(len(shard))
@@ -111,8 +111,8 @@ def scan_parquet(config: DataConfig, files: ShardFiles) -> ShardIndex:
     column = choose_columns(table, config.columns)["image"]
     if column not in first.encoded:
         raise UserError(
-            f"the column {column!r} of {files.location(0)} does not hold the bytes of images; data.columns.image names "
-            'the one that does. For paths of image files, dataset = "table" reads one Parquet file'
+            f"the column {column!r} of {files.location(0)} does not contain the bytes of images; select the image "
+            'column with data.columns.image. To read paths of image files from one Parquet file, use dataset = "table"'
         )
     examples = read_examples(table, config)
     sizes = np.frombuffer(size, dtype=np.int64)
@@ -126,9 +126,9 @@ def scan_parquet(config: DataConfig, files: ShardFiles) -> ShardIndex:
 def _parquet_rows(
     files: ShardFiles, number: int, wanted: Sequence[str], column: str
 ) -> Iterator[tuple[list[Any], bytes]]:
-    """Yield the values of each row of a Parquet shard and its image, b"" if there is none. Raises UserError."""
+    """Yield the values and the image of each row of a Parquet shard; b"" if it has no image. Raises UserError."""
     location, split = files.location(number), _split_in(files.shards[number].name)
-    with files.open(number) as file, files.open(number) as same:  # read at two places in turn
+    with files.open(number) as file, files.open(number) as same:  # twice, because each has its own position
         table = open_parquet(location, file)
         missing = [name for name in wanted if name not in table.columns]
         if missing and (missing != ["split"] or split is None):
@@ -141,7 +141,7 @@ def _parquet_rows(
 
 
 def _with_split(config: DataConfig, columns: Iterable[str]) -> DataConfig:
-    """Return the recipe's table with the splits of the column "split", if there is one and no other is named."""
+    """Return ``config`` with "split" as the split column, if there is such a column and no other is selected."""
     if "split" not in columns or config.columns.split is not None:
         return config
     return config.model_copy(update={"columns": config.columns.model_copy(update={"split": "split"})})
@@ -154,7 +154,7 @@ def _index(
     versions: IntArray,
     image_column: str | None = None,
 ) -> ShardIndex:
-    """Return the index; ``places``: shard, offset and size of each image."""
+    """Build the index. ``places``: shard, offset and size of each image."""
     return ShardIndex(
         shards=shards,
         classes=examples.classes,

@@ -70,7 +70,7 @@ class ShardImages:
 def open_shards(config: DataConfig) -> Dataset:
     """Open a data set in shards, with the index of `toolkit pack` if there is one. Raises UserError.
 
-    Without it, the shards are read once, and the index made from them is kept in the cache folder.
+    Without it, the shards are read once to build an index, which is kept in the cache folder.
     """
     is_local = "://" not in config.root_folder
     try:
@@ -166,7 +166,7 @@ def _open_url(config: DataConfig) -> ShardImages:
 
 
 def _shard_names(names: Iterable[str]) -> list[str]:
-    """Return the tar files, sorted; if there are none, the Parquet files (beside tar files they are img2dataset's)."""
+    """Return the tar files, sorted, or else the Parquet files (img2dataset writes tables next to its tar files)."""
     by_suffix = ([name for name in sorted(names) if name.endswith(suffix)] for suffix in (".tar", ".parquet"))
     return next((found for found in by_suffix if found), [])
 
@@ -205,7 +205,7 @@ def _packed(path: Path, config: DataConfig) -> ShardIndex:
 
 
 def _scanned(config: DataConfig, files: LocalShards | FetchedShards, versions: list[str], root: str) -> ShardImages:
-    """Return shards that have no index: it is built once, by reading them, and kept in the cache folder.
+    """Return shards that have no index, which is built once by reading them, and kept in the cache folder.
 
     The images are checked at the same time, so that later runs do not have to download or read all shards first.
     """

@@ -39,8 +39,9 @@ def split_dataset(dataset: Dataset, table: DataConfig) -> dict[str, IntArray]:
     images according to ``split.method``. With a method other than "official", an official validation list is not used,
     not even for training, because its authors excluded those images from training.
 
-    If ``split.validation`` or ``split.test`` is 0, that split is empty: nothing is drawn and an official list is not
-    used. With ``split.folds`` one of the two is a fold (:func:`fold_split`). Drawn splits never divide a group.
+    If ``split.validation`` or ``split.test`` is 0, that split is empty: nothing is drawn, and an official list is not
+    used. With ``split.folds``, one of the two splits is a fold (:func:`fold_split`). Random splits never divide a
+    group.
 
     Raises UserError if another split, or the training images of a class, would be empty.
     """
@@ -86,10 +87,11 @@ def test_fraction(dataset: Dataset, split: SplitConfig) -> float | int:
 
 
 def fold_split(dataset: Dataset, split: SplitConfig) -> str | None:
-    """Return the split that is a fold: "test" if ``split.test`` is "auto" and there is no official test list.
+    """Return which split is a fold, "test" or "validation"; None without folds.
 
-    Then the models of all folds together predict each training image once. Otherwise it is "validation"; None without
-    folds. Raises UserError if it is "validation" and ``split.validation`` is 0, or ``split.method`` is "official".
+    It is "test" if ``split.test`` is "auto" and there is no official test list: then the models of all folds together
+    predict each image once. Otherwise it is "validation". Raises UserError if it is "validation" but
+    ``split.validation`` is 0 or ``split.method`` is "official".
     """
     if split.folds is None:
         return None
@@ -107,7 +109,7 @@ def describe_splits(dataset: Dataset, table: DataConfig) -> str:
     """Describe where the images of each split come from, in one line for the log."""
     split, method = table.split, _method(dataset, table.split)
     share, fold = test_fraction(dataset, split), fold_split(dataset, split)
-    groups = "" if dataset.groups is None else ", no group divided"
+    groups = "" if dataset.groups is None else ", without dividing groups"
     the_fold = f"fold {split.fold} of {split.folds} of the training images ({method}{groups})"
     unused = "; its own validation list is not used" if "validation" in dataset.lists else ""
     if fold == "validation":
@@ -180,10 +182,9 @@ def _method(dataset: Dataset, split: SplitConfig) -> str:
 def _take(
     dataset: Dataset, train: IntArray, method: str, share: float | int, key: str, seed: int, purpose: int
 ) -> tuple[IntArray, IntArray]:
-    """Return the indices that stay in training, and those that are taken out: a fraction or a number of ``train``.
+    """Divide ``train`` into the indices that remain and those taken out, which are a fraction or a number of them.
 
-    The number is exact; with groups, or several labels per image, it may differ. Raises UserError if none or all would
-    be taken.
+    The size is exact, except with groups or several labels per image. Raises UserError if none or all would be taken.
     """
     labels, n = dataset.labels[train], len(train)
     count = n // 2 if method == "alternate" else share if isinstance(share, int) else math.floor(share * n + 0.5)
@@ -208,7 +209,7 @@ def _take(
 
 
 def _choose(labels: IntArray, method: str, count: int, seed: int, purpose: int) -> Mask:
-    """Choose ``count`` of n images to take out of training: bool [n]."""
+    """Choose ``count`` of n images to take out of training; return a mask, bool [n]."""
     n = len(labels)
     if method == "alternate":
         odd: Mask = np.arange(n) % 2 == 1
@@ -227,7 +228,7 @@ def _choose(labels: IntArray, method: str, count: int, seed: int, purpose: int) 
 def _take_fold(
     dataset: Dataset, train: IntArray, split: SplitConfig, method: str, purpose: int
 ) -> tuple[IntArray, IntArray]:
-    """Return the indices outside and inside of ``split.fold``. Raises UserError if a class has too few images."""
+    """Return the indices outside and inside ``split.fold``. Raises UserError if a class has too few images."""
     labels, n, folds = dataset.labels[train], len(train), split.folds or 1
     key = (int(split.seed), purpose)
     method = "stratified" if method == "official" else method
@@ -257,7 +258,7 @@ def _take_fold(
 
 
 def _check_groups(dataset: Dataset, train: IntArray, method: str, needed: int) -> None:
-    """Raise UserError if the images of a class are in fewer groups than parts that need some of them."""
+    """Raise UserError if the images of any class are in fewer groups than there are parts (``needed``)."""
     groups = dataset.groups
     if method != "stratified" or groups is None:
         return
@@ -288,7 +289,7 @@ def _quotas(counts: IntArray, total: int) -> IntArray:
 def _first_of_each_class(indices: IntArray, labels: npt.NDArray[Any], limit: int | None) -> IntArray:
     """Keep the first ``limit`` images of each class, in their order; None keeps all.
 
-    Of images with several labels those are kept that are among the first with any of their labels.
+    An image with several labels is kept if it is among the first ``limit`` images of any of its labels.
     """
     if limit is None:
         return indices

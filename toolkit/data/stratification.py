@@ -1,6 +1,6 @@
-"""Division of examples into parts of given sizes, each with the same fraction of every label as far as possible.
+"""Dividing examples into parts of given sizes that all have, as nearly as possible, the same fraction of every label.
 
-All randomness is keyed by the arguments ``key``; the results depend on nothing else.
+Results depend only on the arguments; randomness is keyed by ``key``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy.typing as npt
 from toolkit.data.sampling import IntArray, keyed_permutation
 
 Labels = npt.NDArray[Any]
-"""int64 [n], one label per example; or uint8 [n, labels], 1 for each label of an example."""
+"""One label per example, int64 [n]; or uint8 [n, labels], 1 for each label of an example, else 0."""
 
 
 def label_pairs(labels: Labels) -> tuple[IntArray, IntArray]:
-    """Return an example's index and one of its labels, for every label of every example in order: int64 [pairs]."""
+    """Return all pairs of an example and one of its labels as two arrays of indices, int64 [pairs], in order."""
     if labels.ndim == 1:
         return np.arange(len(labels)), labels
     examples, columns = np.nonzero(labels)
@@ -27,7 +27,10 @@ def label_pairs(labels: Labels) -> tuple[IntArray, IntArray]:
 
 
 def stratified_folds(labels: IntArray, folds: int, *key: int) -> IntArray:
-    """Return the fold of each example, int64 [n]. Sizes, and the numbers of a class, differ by at most 1."""
+    """Return the fold of each example, int64 [n].
+
+    The sizes of the folds, and their numbers of examples of any class, differ by at most 1.
+    """
     order = keyed_permutation(len(labels), *key)
     parts = np.empty(len(labels), dtype=np.int64)
     parts[order[np.argsort(labels[order], kind="stable")]] = np.arange(len(labels)) % folds
@@ -37,9 +40,9 @@ def stratified_folds(labels: IntArray, folds: int, *key: int) -> IntArray:
 def iterative_stratification(labels: npt.NDArray[np.uint8], shares: Sequence[float], *key: int) -> IntArray:
     """Return the part of each example of a multi-label data set, int64 [n] (Sechidis et al. 2011, algorithm 1).
 
-    ``shares``: the fraction of the examples in each part, whose sum is 1; sizes may differ from it by a few examples.
-    Labels are divided one after another, that with the fewest remaining examples first, and each of its examples goes
-    to the part that lacks most examples of the label, or, if several do, most examples.
+    ``shares``: fraction of the examples for each part, with sum 1; the sizes may differ from it by a few examples.
+    Labels are handled one at a time, next the one with the fewest remaining examples. Each of its examples goes to the
+    part that still needs the most examples of this label, or, among equals, the most examples of any kind.
     """
     fractions = np.array(shares)
     totals = labels.sum(0, dtype=np.int64)
@@ -65,17 +68,18 @@ def iterative_stratification(labels: npt.NDArray[np.uint8], shares: Sequence[flo
 
 
 def group_parts(groups: IntArray, labels: Labels | None, shares: Sequence[float], *key: int) -> IntArray:
-    """Return the part of each example, int64 [n], so that no group, int64 [n], is in two parts.
+    """Return the part of each example, int64 [n], so that all examples of a group are in the same part.
 
-    ``shares``: the fraction of the examples in each part, whose sum is 1. Large groups are placed first, each where it
-    adds least to the sum over parts and labels of (examples - expected)^2 / expected, relative to the label's number of
-    examples; the number of all examples counts as one more label. Without ``labels`` only that counts.
+    ``groups``: group of each example, int64 [n]. ``shares``: fraction of the examples for each part, with sum 1. Groups
+    are assigned from the largest to the smallest, each to the part where it adds least to the sum over parts and labels
+    of (examples - expected)^2 / expected, divided by the label's total number of examples. All examples together count
+    as one more label; without ``labels`` it is the only one.
     """
     _, of_group = np.unique(groups, return_inverse=True)
     sizes = np.bincount(of_group)
     examples, columns = label_pairs(labels) if labels is not None else (np.array([], np.int64), np.array([], np.int64))
     everything = int(columns.max()) + 1 if len(columns) else 0
-    width = everything + 1  # pairs of group and label as one number, which sorts faster
+    width = everything + 1  # encodes (group, label) as one integer, which sorts faster
     pairs, counts = np.unique(of_group[examples] * width + columns, return_counts=True)
     pairs = np.append(pairs, np.arange(len(sizes)) * width + everything)
     counts = np.append(counts, sizes)
@@ -87,13 +91,13 @@ def group_parts(groups: IntArray, labels: Labels | None, shares: Sequence[float]
     found = np.zeros((len(shares), width))
     placed = np.zeros(len(sizes), dtype=np.int64)
     order = keyed_permutation(len(sizes), *key)
-    # Groups of similar size stay in random order, so that other keys give other parts.
+    # Groups of similar size are in random order, so that different keys give different parts.
     for group in order[np.argsort(-np.frexp(sizes[order])[1], kind="stable")]:
         own = slice(starts[group], starts[group + 1])
         label, count = label_of_pair[own], counts[own]
         excess = found[:, label] - fractions * totals[label]
         changes = (2 * excess + count) * count / totals[label] ** 2 / fractions
-        # The exact sum: the last bit of NumPy's may differ between processors, and so decide between equals.
+        # An exact sum, because the last bit of NumPy's sum may differ between processors and would break ties there.
         part = int(np.argmin([math.fsum(row) for row in changes.tolist()]))
         placed[group] = part
         found[part, label] += count

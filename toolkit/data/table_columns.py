@@ -49,7 +49,7 @@ class Examples:
     encoded: str | None
     """Column that contains the bytes of the images; None if the images are files."""
     repeated: list[tuple[int, int]]
-    """Only with ``encoded``: pairs of rows with the same path, the later one and the first one."""
+    """Pairs of indices (repeated path, its first occurrence)."""
     classes: list[str]
     labels: npt.NDArray[Any]
     """Class indices, int64 [N]; multi-label: uint8 [N, classes], 1 for each label of an image, else 0."""
@@ -309,8 +309,8 @@ def _labels(
 ) -> tuple[list[str], npt.NDArray[Any]]:
     """Return the classes, and the labels as in :class:`Examples`; adds rows with unknown labels to ``faults``.
 
-    ``names``: data.class_names. ``stated``: class names in the table itself, whose labels are then indices into them;
-    used if ``names`` is None.
+    ``names``: data.class_names. ``stated``: class names stored in the table itself, whose labels are then class
+    indices; used if ``names`` is None.
     """
     found, are_indices, source = list(labels.codes), False, "data.class_names"
     if names is None and stated is None:
@@ -319,7 +319,7 @@ def _labels(
         numbers = {name: i for i, name in enumerate(names)}
     else:
         source = source if names else "the class names in the table"
-        are_indices = not names or not any(map(_INTEGER.fullmatch, names))  # names that are integers are not indices
+        are_indices = not names or not any(map(_INTEGER.fullmatch, names))  # else integers are names, not indices
         names = names or stated or []
         numbers = {name: i for i, name in enumerate(names)}
         numbers |= {str(i): i for i in range(len(names))} if are_indices else {}

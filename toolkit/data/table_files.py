@@ -43,9 +43,9 @@ class Table:
     encoded: frozenset[str] = frozenset()
     """Columns of images, as bytes or as {bytes, path}; for these :attr:`read` yields the path or None, no bytes."""
     class_names: Mapping[str, list[str]] = field(default_factory=dict)
-    """Names of the classes in columns of class indices, as the library `datasets` writes them, by column."""
+    """Class names by column of class indices, if the library `datasets` stored them in the file."""
     describe_row: Callable[[int], str] = "row {}".format
-    """Function that takes a row number and returns how messages call this row."""
+    """Function of a row number that returns the text for this row in messages."""
 
 
 def open_table_file(path: Path) -> Table:
@@ -153,7 +153,7 @@ def require_pyarrow(path: Path | str) -> tuple[Any, Any]:
 
 
 def open_parquet(path: Path | str, file: BinaryIO | None = None) -> Table:
-    """Open a Parquet file with pyarrow: ``file``, or the one at ``path``, which names it in messages."""
+    """Open a Parquet file with pyarrow. ``file``: open file to read instead of ``path``, which is shown in messages."""
     pa, parquet = require_pyarrow(path)
     source = path if file is None else file
 
@@ -187,7 +187,7 @@ def open_parquet(path: Path | str, file: BinaryIO | None = None) -> Table:
 def read_encoded(source: Path | BinaryIO, column: str, name: str = "") -> Iterator[list[bytes | None]]:
     """Yield the images in a column of :attr:`Table.encoded` as lists, one per batch of rows. Raises UserError.
 
-    ``name``: of the file, for messages; needed if ``source`` is not a path.
+    ``name``: file name for messages, required if ``source`` is not a path.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -200,12 +200,12 @@ def read_encoded(source: Path | BinaryIO, column: str, name: str = "") -> Iterat
 
 
 def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """Return the class names in the metadata that the library `datasets` writes, by column."""
+    """Return the class names by column from the metadata that the library `datasets` writes; {} if there are none."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         inner = {column: feature.get("feature", feature) for column, feature in features.items()}
         return {column: feature["names"] for column, feature in inner.items() if feature.get("_type") == "ClassLabel"}
-    except (KeyError, ValueError, TypeError, AttributeError):  # none, or of another form
+    except (KeyError, ValueError, TypeError, AttributeError):  # no such metadata, or in another format
         return {}
 
 

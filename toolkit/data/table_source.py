@@ -97,7 +97,7 @@ def _embedded_images(table: Table, examples: Examples) -> EncodedSource | None:
         faults.add(int(examples.rows[i]), f"no image in column {examples.encoded!r}")
     faults.check()
     paths = examples.paths
-    if examples.repeated or not all(paths[i] for i in range(len(paths))):  # `datasets` keeps only names of files
+    if examples.repeated or not all(paths[i] for i in range(len(paths))):  # `datasets` stores only file names
         paths = PackedStrings(f"{table.path.name}/{row}" for row in examples.rows)
     return PackedImages(entry.data(), np.cumsum(sizes), paths, entry.tables["digests"], location=str(table.path))
 

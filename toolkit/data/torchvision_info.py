@@ -1,11 +1,14 @@
-"""The classification data sets of torchvision: what is known about each one without opening it. Imports no library."""
+"""Static information about the classification data sets of torchvision. Imports no library."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 Lists = tuple[str | bool, str | bool | None, str | bool | None]
-"""Values of a class's argument ``split`` (or ``train``, ``version``) for training, validation and test; None: none."""
+"""Values of an argument such as ``split`` or ``train`` that select the training, validation and test images.
+
+None if there is no such list.
+"""
 
 _TRAIN: tuple[Lists, ...] = ((True, None, False),)
 _TRAIN_TEST: tuple[Lists, ...] = (("train", None, "test"),)
@@ -14,7 +17,7 @@ _ALL: tuple[Lists, ...] = (("train", "val", "test"),)
 
 
 class TorchvisionSet(NamedTuple):
-    """A class of torchvision.datasets."""
+    """A data set class in torchvision.datasets."""
 
     description: str
     classes: int | None
@@ -23,12 +26,12 @@ class TorchvisionSet(NamedTuple):
     """Height and width of all images in pixels; None if they differ."""
     channels: int
     lists: tuple[Lists, ...]
-    """Official lists, the default first; () if there is only one list, which has to be split."""
+    """Official splits, the default first; () if the images are not split."""
     selector: str = "split"
-    """Argument of the class that selects a list."""
+    """Argument of the class that selects a split."""
 
     def lists_for(self, train: str | None) -> Lists | None:
-        """Return the lists whose training list is ``train`` (None: the default); None if there are none."""
+        """Return the official splits whose training images ``train`` selects (None: the default); None without any."""
         return next((lists for lists in self.lists if train in (None, lists[0])), None)
 
 
@@ -95,7 +98,7 @@ TORCHVISION_SETS = {
     "StanfordCars": TorchvisionSet("cars (Krause et al. 2013)", 196, None, 3, _TRAIN_TEST),
     "USPS": TorchvisionSet("handwritten digits (Hull 1994)", 10, 16, 1, _TRAIN, "train"),
 }
-"""By the name of the class."""
+"""Information by class name."""
 
 PROVIDED_BY_USER = ("FER2013", "ImageNet", "StanfordCars")
 """Data sets that torchvision cannot download."""

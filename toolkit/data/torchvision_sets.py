@@ -1,7 +1,7 @@
-"""Classification data sets of torchvision, each with its official lists (:mod:`toolkit.data.torchvision_info`).
+"""Classification data sets of torchvision, each with its official splits (:mod:`toolkit.data.torchvision_info`).
 
-The classes of torchvision find and download the files. If the images are files, only their paths are taken from them,
-and the toolkit decodes; the other data sets are arrays.
+torchvision's classes download and locate the files. If the images are files, only their paths are taken from these
+classes, and the toolkit decodes them; the other data sets are arrays.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _SPLITS = ("train", "validation", "test")
 
 
 class HDF5Images:
-    """Images that are the rows of arrays in HDF5 files; an EncodedSource whose images are PPM files.
+    """Images stored as arrays in HDF5 files; an EncodedSource that returns each image as a PPM file.
 
-    They are not held in memory: PCAM has 7 GB of them.
+    They are not loaded into memory, because PCAM has 7 GB of them.
     """
 
     def __init__(self, paths: Sequence[str], key: str) -> None:
-        """``paths``: files with an array uint8 [N, h, w, 3] called ``key``."""
+        """``paths``: files with an array uint8 [N, h, w, 3] named ``key``."""
         self.paths, self.key = list(paths), key
         self.counts = [len(array) for array in self._arrays()]
         self._ends = np.cumsum(self.counts)
         self._opened: tuple[int, list[Any]] = (0, [])
-        """Process ID and the arrays that this process has opened; file handles of HDF5 must not be inherited."""
+        """Process ID, and the arrays that this process has opened: HDF5 file handles must not be used after a fork."""
 
     def _arrays(self) -> list[Any]:
         import h5py
@@ -54,7 +54,7 @@ class HDF5Images:
         return sum(self.counts)
 
     def _place(self, i: int) -> tuple[int, int]:
-        """Return the number of the file of image i, and its row there."""
+        """Return the number of the file that contains image i, and its row in it."""
         file = int(np.searchsorted(self._ends, i, side="right"))
         return file, i - sum(self.counts[:file])
 
@@ -67,26 +67,26 @@ class HDF5Images:
         return io.BytesIO(b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes())
 
     def name(self, i: int) -> str:
-        """Return the name of the file and the number of the row, such as "camelyonpatch_level_2_split_test_x.h5/7"."""
+        """Return the file name and the row number, such as "camelyonpatch_level_2_split_test_x.h5/7"."""
         file, row = self._place(i)
         return encode_name(f"{os.path.basename(self.paths[file])}/{row}")
 
     def location(self, i: int) -> str:
-        """Return the path of the file of image i, encoded."""
+        """Return the path of the file that contains image i, encoded."""
         return encode_name(self.paths[self._place(i)[0]])
 
     def size_and_version(self, i: int) -> tuple[int, int]:
-        """Return the size of the file and its modification time in nanoseconds. Raises OSError."""
+        """Return the size of the HDF5 file in bytes and its modification time in nanoseconds. Raises OSError."""
         state = os.stat(self.paths[self._place(i)[0]])
         return state.st_size, state.st_mtime_ns
 
 
 Images = list[str] | Pixels | HDF5Images
-"""Paths of files, or uint8 [N, H, W] or [N, H, W, 3], or the rows of one HDF5 file."""
+"""Paths of files, an array uint8 [N, H, W] or [N, H, W, 3], or images in an HDF5 file."""
 
 
 def open_torchvision(table: DataConfig) -> Dataset:
-    """Open a data set that a class of torchvision.datasets reads. Lists of splits that the recipe disables are not."""
+    """Open a data set of torchvision.datasets, without the official splits that the recipe disables."""
     kind = DATASETS[table.dataset].torchvision_class or table.name
     if kind is None or kind not in TORCHVISION_SETS:
         raise UserError(f"data.name = {table.name!r} is not a data set of torchvision: see `toolkit datasets`")
@@ -99,10 +99,12 @@ def open_torchvision(table: DataConfig) -> Dataset:
         images[split], labels = _read(dataset, table.args)
         if any(label is None for label in labels):
             hint = f"; set data.split.{split} = 0 to leave it out" if split != "train" else ""
-            raise UserError(f"the {split} list of {name} has images without a label{hint}")
+            raise UserError(f"the {split} list of {name} has images without labels{hint}")
         numbers[split] = np.asarray(labels, dtype=np.int64)
         if _class_names(dataset, table.args) != names:
-            raise UserError(f"the {split} list of {name} has other classes than the training list: is it complete?")
+            raise UserError(
+                f"the {split} list of {name} does not have the same classes as the training list: is it complete?"
+            )
     for split, labels in numbers.items():
         if isinstance(paths := images[split], list):  # torchvision's order may be that of the file system
             order = sorted(range(len(paths)), key=paths.__getitem__)
@@ -116,7 +118,7 @@ def open_torchvision(table: DataConfig) -> Dataset:
         used, labels = np.unique(labels, return_inverse=True)
         classes = [str(number) if names is None else names[number] for number in used]
         unused = [name for number, name in enumerate(names or ()) if number not in used]
-        notes = [f"left out of the classes, because no image has them: {', '.join(unused)}"] if unused else []
+        notes = [f"classes that are left out, because they have no images: {', '.join(unused)}"] if unused else []
     facts = TORCHVISION_SETS[kind]
     table = table.model_copy(update={"channels": table.channels or facts.channels})
     source = _joined(list(images.values()), name, table)
@@ -124,7 +126,7 @@ def open_torchvision(table: DataConfig) -> Dataset:
 
 
 def _joined(images: list[Images], name: str, table: DataConfig) -> ImageSource:
-    """Return the images of all lists as one collection."""
+    """Return the images of all official splits as one collection."""
     if isinstance(images[0], list):
         root = os.path.expanduser(table.root_folder)
         paths = [os.path.relpath(path, root) for one in images if isinstance(one, list) for path in one]
@@ -142,7 +144,7 @@ def _joined(images: list[Images], name: str, table: DataConfig) -> ImageSource:
 
 
 def _fetch(name: str, table: DataConfig) -> dict[str, Any]:
-    """Return torchvision's object for each split, downloaded first if data are missing and ``download`` is true."""
+    """Return torchvision's data set for each split, downloading missing data first if ``download`` is true."""
     from torchvision import datasets
 
     kind, root = getattr(datasets, name), Path(table.root_folder).expanduser()
@@ -151,7 +153,7 @@ def _fetch(name: str, table: DataConfig) -> dict[str, Any]:
     accepted = {key for base in kind.__mro__[:-1] for key in inspect.signature(base.__init__).parameters}
     selected = _selections(name, table)
     arguments = {key: value for key, value in table.args.items() if key != TORCHVISION_SETS[name].selector}
-    arguments |= {"loader": str} if "loader" in accepted else {}  # the "image" that a class loads is then the path
+    arguments |= {"loader": str} if "loader" in accepted else {}  # makes the class return the path of each image
 
     def read(download: bool) -> dict[str, Any]:
         extra = {"download": download} if "download" in accepted else {}
@@ -163,9 +165,9 @@ def _fetch(name: str, table: DataConfig) -> dict[str, Any]:
         return found
 
     if name == "PCAM" and find_spec("h5py") is None:
-        raise UserError("PCAM is read with h5py: install it with `pip install h5py`, or this toolkit's extra `pcam`")
-    advice = f"put it there as the class {name} of torchvision.datasets describes, or set data.root to where it is"
-    if is_held(lock):  # another process downloads or unpacks the data, which are incomplete until then
+        raise UserError("PCAM needs h5py: install it with `pip install h5py`, or the toolkit's extra `pcam`")
+    advice = f"put it there as described for {name} in torchvision.datasets, or set data.root to the folder that has it"
+    if is_held(lock):  # another process is downloading or unpacking the data, which are incomplete until it is done
         with held(lock):
             pass
     try:
@@ -174,7 +176,7 @@ def _fetch(name: str, table: DataConfig) -> dict[str, Any]:
                 if not all((root / str(choice["split"])).is_dir() for choice in selected.values()):
                     read(download=False)
         return read(download=False)
-    except Exception as error:  # damaged files raise nearly anything
+    except Exception as error:  # damaged files raise exceptions of many types
         missing = f"{shown} is not in data.root = {table.root_folder!r}, or is incomplete"
         if "download" not in accepted:
             text = f"{missing} ({first_line(error)}), and torchvision cannot download it: {advice}"
@@ -192,13 +194,13 @@ def _fetch(name: str, table: DataConfig) -> dict[str, Any]:
     except Exception as error:
         raise UserError(
             f"{shown} is not in data.root = {table.root_folder!r}, or is damaged, and could not be downloaded: "
-            f"{first_line(error)}; remove what is there, or download it on a machine with a network and copy the "
-            "folder, or set data.root to where it is"
+            f"{first_line(error)}; remove the files there, or download them on a machine with a network and copy the "
+            "folder, or set data.root to the folder that has them"
         ) from error
 
 
 def _selections(name: str, table: DataConfig) -> dict[str, dict[str, str | bool]]:
-    """Return for each split that the recipe uses the argument that selects its official list, if there are lists."""
+    """Return, for each split that the recipe uses, the argument that selects its official images, if it has any."""
     facts = TORCHVISION_SETS[name]
     if not facts.lists:
         return {"train": {}}
@@ -214,7 +216,7 @@ def _selections(name: str, table: DataConfig) -> dict[str, dict[str, str | bool]
 
 
 def _read(dataset: Any, arguments: dict[str, Any]) -> tuple[Images, Any]:
-    """Return the images of one list, and the numbers of their classes; CelebA: 1 for each attribute of an image."""
+    """Return the images of one official split and their class indices; for CelebA, 1 for each attribute of an image."""
     match type(dataset).__name__:
         case "Caltech256":
             names = dataset.categories
@@ -232,7 +234,7 @@ def _read(dataset: Any, arguments: dict[str, Any]) -> tuple[Images, Any]:
             with dataset.h5py.File(folder / files["targets"][0]) as targets:
                 labels = targets["y"][:].ravel()
             return HDF5Images([str(folder / files["images"][0])], "x"), labels
-        case "Omniglot":  # its order of classes is that of the file system
+        case "Omniglot":  # torchvision takes its class order from the file system
             ranks = np.argsort(np.argsort(dataset._characters))
             pairs = [dataset[i] for i in range(len(dataset))]
             return [path for path, _ in pairs], [int(ranks[label]) for _, label in pairs]
@@ -247,16 +249,16 @@ def _read(dataset: Any, arguments: dict[str, Any]) -> tuple[Images, Any]:
     if pixels.ndim == 4 and pixels.shape[3] != 3:
         pixels = pixels.transpose(0, 2, 3, 1)
     labels = np.asarray(dataset.targets if hasattr(dataset, "targets") else dataset.labels)
-    return np.ascontiguousarray(pixels), labels if labels.ndim == 1 else labels[:, 0]  # QMNIST: more than the class
+    return np.ascontiguousarray(pixels), labels if labels.ndim == 1 else labels[:, 0]  # QMNIST: column 0 is the class
 
 
 def _class_names(dataset: Any, arguments: dict[str, Any]) -> list[str] | None:
-    """Return the names of the classes by number; None if torchvision has none."""
+    """Return the class names in the order of their indices; None if torchvision has none."""
     match type(dataset).__name__:
         case "Caltech256":
             return [name.partition(".")[2] for name in dataset.categories]
         case "CelebA":
-            return [name for name in dataset.attr_names if name]  # the line of names ends with a space
+            return [name for name in dataset.attr_names if name]  # the last one is empty
         case "INaturalist":
             (level,) = dataset.target_type
             if level != "full":
@@ -269,7 +271,7 @@ def _class_names(dataset: Any, arguments: dict[str, Any]) -> list[str] | None:
     names = getattr(dataset, "classes", None)
     if names is None:
         return None
-    if hasattr(dataset, "wnids"):  # ImageNet: several names for each class, and two classes named crane
+    if hasattr(dataset, "wnids"):  # ImageNet: classes have several names, and two classes are named crane
         names = [synonyms[0] for synonyms in names]
         wnids = zip(names, dataset.wnids, strict=True)
         return [f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in wnids]

@@ -35,7 +35,7 @@ LEAST_USED = 0.25
 """A range is assumed only if the largest value exceeds this fraction of its maximum."""
 
 _SIXTEEN_BITS = re.compile(r";16[BLN]$")
-"""Suffix of Pillow's raw modes with 16-bit samples. Of several channels, Pillow keeps only the upper 8 bits each."""
+"""Suffix of Pillow's raw modes with 16-bit samples. Of images with several channels, Pillow keeps the upper 8 bits."""
 
 
 class UnclearValues(ValueError):
@@ -50,7 +50,7 @@ class Extent:
     low: float
     high: float
     name: str
-    """Name of the image with the largest value."""
+    """Name of the image that has the largest value."""
     images: int = 1
 
 
@@ -70,9 +70,9 @@ def sample_kind(image: Image.Image) -> Kind | None:
 
 
 def is_planar(image: Image.Image) -> bool:
-    """Return whether a TIFF file that is not loaded yet stores its channels one after the other with 16 bits each.
+    """Return whether a TIFF file, open but not decoded, stores its channels one after the other with 16 bits each.
 
-    Pillow misreads such files.
+    Pillow does not read such files correctly.
     """
     tags = getattr(image, "tag_v2", {})
     return tags.get(284) == 2 and max(tags.get(258, (8,))) > 8
@@ -172,7 +172,7 @@ def to_bytes(image: Image.Image, kind: Kind, value_range: Range | None) -> Image
 
 
 def values_to_bytes(values: npt.NDArray[Any], value_range: Range | None) -> npt.NDArray[np.uint8]:
-    """Convert an array of any real type to uint8, as :func:`to_bytes` does; uint8 stays, and true becomes 255."""
+    """Convert an array of any real type to uint8 like :func:`to_bytes`; uint8 is unchanged, and True becomes 255."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.bool_:
@@ -186,10 +186,10 @@ def values_to_bytes(values: npt.NDArray[Any], value_range: Range | None) -> npt.
 
 
 def _assumed_range(whole: Extent) -> Range:
-    """Return the range of one image whose data set has none. Raises UnclearValues unless its values need 16 bits."""
+    """Return the range for one image if the data set has none. Raises UnclearValues unless its values need 16 bits."""
     if whole.kind == "float" or whole.low < 0 or not LEAST_USED * WHITE_16 < whole.high <= WHITE_16:
         raise UnclearValues(
             f"it has {whole.kind} samples of more than 8 bits, with values from {whole.low:g} to {whole.high:g}, and "
-            "it is not known which value is white; convert it to 8 bits"
+            "the value that means white is unknown; convert it to 8 bits"
         )
     return FULL

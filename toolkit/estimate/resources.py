@@ -147,7 +147,7 @@ def plan(recipe: Recipe, processes: int = 1, classes: int | None = None) -> Reso
     check_sizes(built, recipe.model, preprocessing.channels, others)
     if others:
         shown = ", ".join(map(size_text, others))
-        notes.append(f"memory and arithmetic are those of {size_text(preprocessing.image_size)}; also used: {shown}")
+        notes.append(f"memory and FLOPs are for {size_text(preprocessing.image_size)}; also used: {shown}")
     notes += _transfer_notes(recipe, transfer)
     parameters = list(built.module.parameters())
     return ResourceEstimate(

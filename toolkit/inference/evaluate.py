@@ -34,15 +34,15 @@ from toolkit.training.task import EvalResult, Task, task_from_dict
 from toolkit.training.trained_model import TrainedModel, load_model
 
 PREFIXES = {"validation": "val_", "test": "test_"}
-"""Prefix of each split's metrics in summary.json, which has none of training images without augmentation."""
+"""Prefix of each split's metrics in summary.json; there are none for training images without augmentation."""
 
 ROUNDING = {"no": 1e-5, "bf16": 2e-2, "fp16": 1e-2}
-"""Largest relative difference that another machine or order of summation can cause, by precision."""
+"""Maximum relative difference that another machine or order of summation can cause, by precision."""
 
 
 @dataclass(frozen=True)
 class MetricComparison:
-    """The value of a metric as computed now and as recorded by the run."""
+    """A metric as computed now and as recorded by the run."""
 
     model: str
     """Which model: best or last."""

@@ -1,4 +1,4 @@
-"""Evaluate a run's model on another labeled data set, whose classes are found among the model's by their names."""
+"""Evaluate a run's model on another labeled data set; its classes are matched with the model's by name."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class DataEvaluation:
 
     evaluation: Evaluation
     own: tuple[str, dict[str, float]] | None
-    """Name and metrics, without a prefix, of the run's own test split, or of its validation split; None if the run
+    """Name and metrics (without a prefix) of the run's own test split, or else its validation split; None if the run
     recorded neither."""
     notes: list[str]
 
     def text(self, run: Run) -> str:
-        """Format as a table of the metrics, beside those on the run's own images, and notes."""
+        """Format as a table of the metrics, next to those on the run's own images, with notes."""
         found = self.evaluation
         own, recorded = self.own or ("", {})
         rows = [
@@ -85,12 +85,12 @@ def evaluate_data(
 ) -> DataEvaluation:
     """Evaluate a run's best model on a data set and write the result to the run directory. Collective.
 
-    ``data``: a recipe, whose [data] is used, a folder or a table of images. ``split``: None evaluates all its images.
-    ``name``: folder below RUN/evaluations; None: named after ``data``. The images are preprocessed as the run's test
-    images, and evaluated in batches that do not depend on the number of processes.
+    ``data``: a recipe, whose [data] is used, a folder or a table of images. ``split``: split to evaluate; None: all
+    images. ``name``: name of the folder in RUN/evaluations; None: derived from ``data``. The images are preprocessed
+    like the run's test images, and evaluated in batches that do not depend on the number of processes.
 
-    Raises UserError for classes that the model does not have, unless their images are left out with
-    ``ignore_unknown_classes``.
+    Raises UserError if the data have classes that the model does not have, unless ``ignore_unknown_classes`` leaves
+    their images out.
     """
     path = Path(data).resolve()
     name = name or "-".join(filter(None, (path.name if path.is_dir() else path.stem, split)))
@@ -153,9 +153,10 @@ def own_metrics(best: dict[str, float]) -> tuple[str, dict[str, float]] | None:
 
 
 def data_config(data: str, recipe: Recipe, split: str | None) -> DataConfig:
-    """Return the [data] table of a data set named on the command line; ``recipe`` is the run's.
+    """Return the [data] table for a data set given on the command line. ``recipe``: the recipe of the run.
 
-    A table is read with the columns of the run's own table, if it has one; its column of splits only for ``split``.
+    A table is read with the column names of the run's own table, if it has one; a split column only if ``split`` is
+    given.
     """
     path = Path(data)
     if path.suffix == ".toml":
@@ -181,24 +182,24 @@ def data_config(data: str, recipe: Recipe, split: str | None) -> DataConfig:
 
 
 def _indices(dataset: Dataset, config: DataConfig, split: str | None, *, draw: bool) -> IntArray:
-    """Return the indices of all images, or of a split: the data set's own, or with ``draw`` that of a recipe."""
+    """Return the indices of all images, or of a split: an official one or, with ``draw``, the recipe's split."""
     if split is None:
         return np.sort(np.concatenate(list(dataset.lists.values())))
     splits = split_dataset(dataset, config) if draw else dataset.lists
     if not len(splits.get(split, ())):
         found = ", ".join(name for name in splits if len(splits[name]))
-        raise UserError(f"the data set has no {split} images, only {found}; without --split all are evaluated")
+        raise UserError(f"the data set has no {split} images, only {found}; without --split, all images are evaluated")
     return splits[split]
 
 
 def match_classes(
     dataset: Dataset, indices: IntArray, trained: TrainedModel, data: str, *, ignore: bool
 ) -> tuple[IntArray, npt.NDArray[Any], dict[str, int]]:
-    """Find the classes of a data set among those of a model, by name.
+    """Match the classes of a data set with those of a model, by name.
 
-    Returns the indices of the images to evaluate, the labels of all images of the data set in terms of the model's
-    classes (-1 for an unknown class), and the numbers of images of unknown classes, which are left out. Of multi-label
-    images only the unknown labels are left out. Raises UserError if there are unknown classes and ``ignore`` is false,
+    Returns the indices of the images to evaluate, the labels of all images as the model's class indices (-1 for an
+    unknown class), and the number of images of each unknown class, which are left out. In multi-label data only the
+    unknown labels are left out, not the images. Raises UserError if there are unknown classes and ``ignore`` is false,
     or if all are unknown.
     """
     check_labels(dataset, trained.task.kind)
@@ -218,7 +219,7 @@ def match_classes(
         raise UserError(f"no image of {data} has a label")
     if not (places[counts > 0] >= 0).any():
         raise UserError(
-            f"none of the classes of {data} is a class of the model, and they are matched by name: {_shown(unknown)}; "
+            f"no class of {data} has the name of a class of the model: {_shown(unknown)}; "
             f"the model has {_shown(classes)}"
         )
     if unknown and not ignore:
@@ -241,7 +242,7 @@ def _shown(names: list[str] | dict[str, int]) -> str:
 def _readable(
     dataset: Dataset, config: DataConfig, indices: IntArray, accelerator: Accelerator
 ) -> tuple[IntArray, list[str]]:
-    """Return the indices without unreadable images, if data.on_bad_image allows to leave them out, and notes."""
+    """Return the indices without unreadable images, if data.on_bad_image permits leaving them out, and notes."""
     decode, threads = config.on_bad_image == "skip", available_cpus(local_processes())
     bad = main_only(accelerator, lambda: check_images(dataset.images, indices, decode=decode, threads=threads).bad)
     if not bad:
@@ -256,7 +257,7 @@ def _readable(
 
 
 def _notes(run: Run, config: DataConfig, trained: TrainedModel, found: Evaluation, names: list[str]) -> list[str]:
-    """Return notes on the classes and on what limits the comparison with the run's own metrics."""
+    """Return notes on missing and unknown classes, and on limits of the comparison with the run's own metrics."""
     notes = [trained.caution] if trained.caution else []
     if found.missing_classes:
         count = f"{len(found.missing_classes)} of the model's {len(trained.classes)} classes"
@@ -270,5 +271,5 @@ def _notes(run: Run, config: DataConfig, trained: TrainedModel, found: Evaluatio
     if (config.dataset, config.name, config.root) == (own.dataset, own.name, own.root):
         trained_on = len(set(run.split["train"]).intersection(names))
         if trained_on:
-            notes.append(f"{trained_on} of these images are training images of the run")
+            notes.append(f"{trained_on} of these images were training images of the run")
     return notes

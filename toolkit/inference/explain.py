@@ -56,16 +56,16 @@ class CamInput:
     label: int | None
     """Index of the true class; None if unknown."""
     area: tuple[slice, slice] = (slice(None), slice(None))
-    """Rows and columns of the input that show the image; the rest is padding."""
+    """Rows and columns of the model's input that contain the image; the rest is padding."""
     labels: tuple[int, ...] | None = None
-    """Indices of the labels of an image with several; None if unknown, or if the model predicts one class."""
+    """Indices of the true labels for a multi-label model; None if unknown, or for a single-label model."""
 
 
 @dataclass(frozen=True)
 class CamResult:
     """An image with its prediction and the evidence for it.
 
-    A multi-label model gives one result for each label that it predicts or misses: ``prediction`` is that label.
+    For a multi-label model there is one result per label that is predicted or missed; ``prediction`` is that label.
     """
 
     subject: CamInput
@@ -74,7 +74,7 @@ class CamResult:
     heat: np.ndarray
     """Evidence for the prediction in the image's area of the input, scaled to a maximum of 1, float32 [h, w]."""
     heat_of_label: np.ndarray | None
-    """Evidence for the label, likewise; None if the label is unknown or equals the prediction."""
+    """The same for the true label; None if the label is unknown or equals the prediction."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class CamLayer:
     prefix: int = 0
     """Number of leading non-spatial tokens (class token, registers)."""
     grid: Size = (0, 0)
-    """Rows and columns of the tokens."""
+    """Number of rows and columns of the tokens."""
 
     def to_maps(self, output: Tensor) -> Tensor:
         """Convert the layer's output to [n, C, h, w]."""
@@ -132,7 +132,7 @@ def subjects_from_files(trained: TrainedModel, paths: Sequence[str], log: Callab
 def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path | None = None) -> list[CamInput]:
     """Return the misclassified test images with the highest probabilities in predictions.csv, highest first."""
     if not run.has_test:
-        raise UserError(f"{run.path} has no test images, so there are no mistakes to explain: give images")
+        raise UserError(f"{run.path} has no test images, so there are no mistakes to explain: specify images")
     is_multi_label = trained.task.kind == "multi_label"
     found = (read_label_predictions if is_multi_label else read_predictions)(run, trained.classes)
     worst = found.worst(count)
@@ -153,7 +153,7 @@ def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path 
 
 
 def _area(trained: TrainedModel, pixels: Pixels) -> tuple[slice, slice]:
-    """Return the part of the input that shows the image; all of it if the recipe's own transforms may move it."""
+    """Return the part of the input that contains the image; all of it if the recipe's own transforms may move it."""
     if trained.transforms:
         return slice(None), slice(None)
     return image_area(trained.preprocessing, (pixels.shape[0], pixels.shape[1]))
@@ -209,14 +209,14 @@ def _outputs(module: nn.Module, sample: Tensor) -> tuple[Tensor, dict[str, Tenso
 
 
 def _as_layer(module: nn.Module, name: str, output: Tensor, sample: Tensor) -> CamLayer | None:
-    """Return how the output for one image converts to maps of the image's shape; None if it does not."""
+    """Return how a module's output for one image converts to maps of the image's shape; None if it does not."""
     shape, size = tuple(output.shape), (sample.shape[1], sample.shape[2])
     if len(shape) == 4 and shape[0] == 1 and _is_grid((shape[2], shape[3]), size):
         return CamLayer(name, "channels_first")
     if len(shape) == 4 and shape[0] == 1 and _is_grid((shape[1], shape[2]), size):
         return CamLayer(name, "channels_last")
     if len(shape) == 3 and shape[0] == 1:
-        # Class tokens and registers come first. Try the number the model declares, then the fewest that leave a grid.
+        # Class and register tokens come first. Try the number the model declares, then the fewest that leave a grid.
         declared = int(getattr(module, "num_prefix_tokens", 0))
         for prefix in (declared, *range(MAX_PREFIX_TOKENS + 1)):
             if grid := _token_grid(shape[1] - prefix, size):
@@ -225,7 +225,7 @@ def _as_layer(module: nn.Module, name: str, output: Tensor, sample: Tensor) -> C
 
 
 def _is_grid(grid: Size, image: Size) -> bool:
-    """Return whether maps of this size, more than 1x1, have the shape of the image: exactly if square, else rounded."""
+    """Return whether maps of this size, larger than 1x1, have the shape of the image, up to rounding if not square."""
     if image[0] == image[1]:
         return grid[0] == grid[1] > 1
     scale = math.sqrt(math.prod(grid) / math.prod(image))
@@ -299,9 +299,10 @@ def heat_maps(trained: TrainedModel, layer: CamLayer, inputs: Tensor, classes: T
 
 
 def explain(trained: TrainedModel, subjects: Sequence[CamInput], layer: CamLayer) -> list[CamResult]:
-    """Predict each image and compute heat maps for its prediction and, if it differs, for its label.
+    """Predict each image and compute heat maps for its prediction and, if it differs, for its true label.
 
-    For a multi-label model: for each label that is predicted or missed, or the most probable one if there is none.
+    For a multi-label model, compute one for each label that is predicted or missed, or for the most probable label if
+    there is none.
     """
     pairs = list(_predicted(trained, subjects))
     found: list[CamResult] = []
@@ -318,7 +319,7 @@ def explain(trained: TrainedModel, subjects: Sequence[CamInput], layer: CamLayer
 
 
 def _predicted(trained: TrainedModel, subjects: Sequence[CamInput]) -> Iterator[tuple[CamInput, int, float]]:
-    """Yield each image with its prediction and probability; for a multi-label model with each label to explain."""
+    """Yield each image with its prediction and the probability; for a multi-label model, once per label to explain."""
     for start in range(0, len(subjects), BATCH_SIZE):
         part = subjects[start : start + BATCH_SIZE]
         with torch.inference_mode():
@@ -335,7 +336,7 @@ def _predicted(trained: TrainedModel, subjects: Sequence[CamInput]) -> Iterator[
 
 
 def _scaled(heat: Tensor) -> np.ndarray:
-    """Divide a map by its maximum; a map of zeros stays zero."""
+    """Divide a map by its maximum; a map of zeros is returned unchanged."""
     scaled: np.ndarray = (heat / heat.max().clamp_min(1e-12)).numpy()
     return scaled
 

@@ -37,7 +37,7 @@ BATCHES = (1, 5, 26, 32)
 EPOCHS = ("best", "last")
 """Epochs whose weights can be exported: the selected one and the last one."""
 LIMIT = 1e-4
-"""Largest allowed absolute difference between a logit of the exported and of the original model."""
+"""Maximum allowed absolute difference between the logits of the exported and the original model."""
 WEIGHTS, ONNX, PROGRAM = "model.safetensors", "model.onnx", "model.pt2"
 
 DECODED = {1: "grayscale", 3: "RGB"}
@@ -63,7 +63,7 @@ class ExportResult:
 
     folder: Path
     difference: float
-    """Largest absolute difference between a logit of the exported and of the original model."""
+    """Largest absolute difference between the logits of the exported and the original model."""
     images: str
     """Description of the images that were compared."""
     notes: list[str] = field(default_factory=list)
@@ -209,7 +209,7 @@ def _difference(trained: TrainedModel, compute: Compute, inputs: Tensor) -> floa
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress exporters' warnings in this context, since the numerical check finds relevant problems."""
+    """Suppress warnings of the exporters in this context, because the numerical check finds relevant problems."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -251,10 +251,10 @@ def _steps(trained: TrainedModel) -> list[str]:
     which = "shorter" if wanted.border is None else "longer"
     side = f"the {which} side to {resize}" if isinstance(resize, int) else f"to {resize} (height, width)"
     if isinstance(resize, tuple) and (wanted.cover or wanted.border is not None):
-        side = f"with the aspect ratio kept to {'cover' if wanted.cover else 'fit into'} {size_text(resize)}"
+        side = f"keeping the aspect ratio, to {'cover' if wanted.cover else 'fit into'} {size_text(resize)}"
     padding = "" if wanted.border is None else f", padding smaller images with the color {list(wanted.border)}"
     if wanted.border is not None:
-        padding += "; above (and left of) a smaller image are the missing pixels divided by 2, rounded down"
+        padding += "; the padding above (and left of) the image is half of the missing pixels, rounded down"
     return [
         *_page(wanted.page),
         f"decode to {DECODED.get(wanted.channels, f'all {wanted.channels} channels')}, 8 bits per channel",
@@ -273,8 +273,8 @@ def _steps(trained: TrainedModel) -> list[str]:
 
 def _page(page: int | str) -> list[str]:
     if page == "channels":
-        return ["take the pages of a TIFF file as the channels of one image"]
-    return [f"take page {page} of the file, counted from 0"] if page else []
+        return ["read the pages of a TIFF file as the channels of one image"]
+    return [f"read page {page} of the file, counted from 0"] if page else []
 
 
 def _scaling(value_range: tuple[float, float]) -> str:

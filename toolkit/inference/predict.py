@@ -116,7 +116,7 @@ class Predictions:
     """Probabilities of the classes in ``ranking``, [N, k]."""
     failed: list[FailedFile]
     thresholds: npt.NDArray[np.float64] | None = None
-    """Smallest probability with which each class is listed, [K]; None: all in ``ranking`` are."""
+    """Minimum probability for a class to be listed, [K]; None: all classes in ``ranking`` are listed."""
 
     def rows(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """Yield, for each readable image, its path and (class, probability to six digits) by decreasing probability."""
@@ -212,8 +212,8 @@ def predict(
 ) -> Predictions:
     """Predict each image on one of the processes, and gather the results. Collective.
 
-    ``top_k``: number of most probable classes per image; None: the most probable one, or of a multi-label model all
-    labels whose probability is at least their threshold.
+    ``top_k``: number of most probable classes per image; None: the most probable class, or for a multi-label model
+    all labels whose probability is at least their threshold.
     ``batch_size`` is per process. The images are divided into batches, which are then distributed, so that the results
     do not depend on the number of processes. ``workers``: number of data loader workers; None: the available CPUs minus
     one. A single batch is loaded without workers. ``advance`` is called with the number of images of each batch of this

@@ -163,7 +163,7 @@ def model_card(
 
 
 METRIC_TYPES = {"macro_f1": "f1", "micro_f1": "f1", "map": "average_precision", "auroc": "roc_auc"}
-"""The Hub's names of measures that are not accuracies."""
+"""Names on the Hub of the measures that are not accuracies."""
 
 
 LABELS = {
@@ -174,7 +174,7 @@ LABELS = {
 
 
 def _measures(trained: TrainedModel) -> dict[str, str]:
-    """Return the label of each measure for model cards."""
+    """Return the labels of the measures in model cards, by measure."""
     kind = trained.task.kind
     return {name: LABELS[kind].get(name, measure.label) for name, measure in measures_of(kind).items()}
 

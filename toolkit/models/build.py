@@ -93,7 +93,7 @@ def build_model(
 
 
 def check_sizes(built: ModelBundle, table: ModelConfig, channels: int, sizes: Iterable[Size]) -> None:
-    """Raise UserError unless a model takes inputs of these sizes too, beside the one that it was built for."""
+    """Raise UserError unless a model also accepts inputs of ``sizes``, in addition to that it was built for."""
     for size in sizes:
         try:
             probe(built.module, channels, size)
@@ -102,7 +102,7 @@ def check_sizes(built: ModelBundle, table: ModelConfig, channels: int, sizes: It
             if table.source == "timm" and getattr(built.module, "pretrained_cfg", {}).get("fixed_input_size"):
                 advice = "; timm's ViTs accept other sizes with model.args = { dynamic_img_size = true }"
             raise UserError(
-                f"{table.name}, built for data.image_size, does not take images of {size_text(size)} pixels{advice}; "
+                f"{table.name}, built for data.image_size, does not accept images of {size_text(size)} pixels{advice}; "
                 f"change data.eval_image_size or data.progressive_sizes. The error was: {first_line(error)}"
             ) from None
 

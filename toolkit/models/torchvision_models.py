@@ -97,7 +97,7 @@ def _own_arguments(table: ModelConfig, channels: int, image_size: Size) -> dict[
             "transform_input": is_pretrained and channels == 3,
         }
     if table.name.startswith("vit_"):
-        return {"image_size": image_size[0]}  # square: other shapes are refused by the checks of the recipe
+        return {"image_size": image_size[0]}  # always square: the recipe's checks refuse other shapes
     if table.name.startswith("maxvit_"):
         return {"input_size": image_size}
     return {}

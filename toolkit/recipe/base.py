@@ -17,7 +17,7 @@ FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 NAME_PATTERN = r"^[^\W_]([ .]?[\w+=,@-])*$"
 """Pattern of names that are safe as a folder, W&B name and job name: letters, digits and ``_+=,@-``.
 
-A space or dot is only allowed between two other characters, so neither ``..`` nor one at the end is possible.
+Spaces and dots are allowed only between two other characters, which excludes ``..`` and a space or dot at the end.
 """
 
 NAME_LENGTH = 100

@@ -71,7 +71,7 @@ LOAD_DATASET: dict[str, dict[str, Any]] = {
     **{key: {"kinds": ["text"], "required": False} for key in ("name", "revision", "data_dir", "split")},
     "data_files": {"kinds": [], "required": False},
 }
-"""Arguments of load_dataset of Hugging Face's `datasets` that a recipe can give, described as those of transforms."""
+"""Arguments of load_dataset (Hugging Face's `datasets`) that a recipe can set, in the catalog's format."""
 
 TENSOR_ONLY = ("GaussianNoise",)
 """Transforms that do not work on Pillow images."""
@@ -94,7 +94,7 @@ _POLICIES = {
     "v0r": r"(-mstd\d+(\.\d+)?)*",
     "3a": r"(-mstd\d+(\.\d+)?)*",
 }
-"""timm's augmentation policies, with a pattern of the options that each one accepts."""
+"""timm's augmentation policies, with a regular expression for the options that each one accepts."""
 
 
 def model(recipe: Recipe) -> Iterator[Issue]:
@@ -202,7 +202,7 @@ def loss(recipe: Recipe) -> Iterator[Issue]:
 
 
 def torchvision_dataset(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the data set of torchvision exists and accepts its arguments."""
+    """Check that torchvision has the data set and that it accepts the arguments."""
     table, known = recipe.data, catalog.datasets()
     if table.dataset != "torchvision":
         return
@@ -216,12 +216,12 @@ def torchvision_dataset(recipe: Recipe) -> Iterator[Issue]:
 
 
 def huggingface_dataset(recipe: Recipe) -> Iterator[Issue]:
-    """Check that a data set of Hugging Face is named, and the arguments of load_dataset."""
+    """Check that ``data.name`` is set for a Hugging Face data set, and check the arguments of load_dataset."""
     table = recipe.data
     if table.dataset != "huggingface":
         return
     if table.name is None:
-        hint = 'a folder, or the name of a data set of the hub, for example name = "ylecun/mnist"'
+        hint = 'a folder, or the name of a data set on the Hub, for example name = "ylecun/mnist"'
         yield error("data.name", 'must be given with dataset = "huggingface"', "data.dataset", hint=hint, at="table")
     yield from arguments("load_dataset", table.args, LOAD_DATASET, ("data", "args"), ("data", "dataset"))
 
@@ -248,10 +248,10 @@ def arguments(
     name: KeyPath,
     keys: tuple[str, ...] = (),
 ) -> Iterator[Issue]:
-    """Check the arguments of a transform, data set or plugin; ``keys`` are also allowed next to them.
+    """Check the arguments of a transform, data set or plugin.
 
-    ``known`` describes those that ``owner`` takes, ``path`` is the key of the table that holds the given ones, ``name``
-    the key that names the owner.
+    ``known``: descriptions of the arguments that ``owner`` accepts. ``path``: key of the table with the arguments.
+    ``name``: key that selects the owner. ``keys``: other keys that are allowed in the table.
     """
     for argument, value in given.items():
         if argument in known:
@@ -291,7 +291,7 @@ def _unknown_name(kind: str, path: KeyPath, name: str, known: Iterable[str], exc
 def _unknown_argument(
     owner: str, path: KeyPath, known: Collection[str], name: KeyPath, keys: tuple[str, ...] = ()
 ) -> Issue:
-    """Return the issue for an argument that a transform or optimizer does not take; ``keys``: other allowed keys."""
+    """Return the issue for an argument that a transform or optimizer does not have. ``keys``: other allowed keys."""
     takes = f"{owner} takes {', '.join(known) or 'no arguments'}"
     hint = did_you_mean(str(path[-1]), [*known, *keys], otherwise=takes)
     message = f"{dotted(path[:-1])}: {owner} takes no argument {shown(str(path[-1]))}"

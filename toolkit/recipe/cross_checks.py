@@ -86,7 +86,7 @@ def splits(recipe: Recipe) -> Iterator[Issue]:
         text = f"{split.fold} is not one of the {split.folds} folds, which are numbered from 0"
         yield error("data.split.fold", text, "data.split.folds", hint=f"set 0 to {split.folds - 1}")
     if split.folds is not None and split.test != "auto" and split.validation == 0:
-        text = "with a fixed data.split.test the fold is the validation split, but data.split.validation is 0"
+        text = "with a fixed data.split.test, the fold is the validation split, but data.split.validation is 0"
         yield error("data.split.folds", text, "data.split.test", "data.split.validation", hint='set test = "auto"')
     if images is None:
         return
@@ -127,7 +127,7 @@ def data(recipe: Recipe) -> Iterator[Issue]:
         text = 'has no effect with dataset = "huggingface", whose folder is data.name'
         yield warning("data.root", text, "data.dataset", at="key")
     if not isinstance(table.root, str) and table.dataset != "imagefolder":
-        text = f'several folders are for dataset = "imagefolder", not "{table.dataset}"'
+        text = f'several folders are only possible with dataset = "imagefolder", not "{table.dataset}"'
         yield error("data.root", text, "data.dataset")
     if len(set(table.roots)) < len(table.roots):
         yield error("data.root", "a folder is listed twice")
@@ -146,7 +146,7 @@ def data(recipe: Recipe) -> Iterator[Issue]:
 
 
 def _table(table: DataConfig) -> Iterator[Issue]:
-    """Check that the table is given, and that its keys do not contradict one another."""
+    """Check that data.table is set, and that the keys about it do not contradict one another."""
     if table.table is None:
         hint = 'for example table = "labels.csv"'
         yield error("data.table", 'must be given with dataset = "table"', "data.dataset", hint=hint, at="table")
@@ -191,7 +191,7 @@ def early_stopping(recipe: Recipe) -> Iterator[Issue]:
 
 
 def monitored_metrics(recipe: Recipe) -> Iterator[Issue]:
-    """Check that best_metric, schedule and early stopping use metrics that the run measures and that are meaningful."""
+    """Check that best_metric, schedule and early stopping use metrics that the run computes and that are meaningful."""
     best_metric, plateau = recipe.train.best_metric, recipe.scheduler.name == "plateau"
     if best_metric == "last" and recipe.early_stopping.patience is not None:
         text = (
@@ -235,7 +235,7 @@ def disabled_splits(recipe: Recipe) -> Iterator[Issue]:
 
 
 def augment(recipe: Recipe) -> Iterator[Issue]:
-    """Warn about mixup and CutMix settings without effect; check that the transforms can run where run_on says."""
+    """Warn about mixup and CutMix settings without effect; check that ``run_on`` is possible for the transforms."""
     table = recipe.augment
     mixing = ("augment.mixup", "augment.cutmix")
     if table.mixup_prob != 1 and not (table.mixup or table.cutmix):
@@ -264,7 +264,7 @@ def train(recipe: Recipe) -> Iterator[Issue]:
             text = f"has no effect with train.loss = {toml_value(recipe.train.loss)}, only with {toml_value(loss)}"
             yield warning(f"train.loss_args.{key}", text, "train.loss", at="key")
     if recipe.train.sampling == "balanced" and recipe.train.class_weights == "balanced":
-        text = 'train.sampling = "balanced" already corrects for rare classes: they get extra weight twice'
+        text = 'train.sampling = "balanced" already compensates for rare classes: this weights them twice'
         yield warning("train.class_weights", text, "train.sampling")
 
 

@@ -1,4 +1,4 @@
-"""The tables [data] and [augment]: which images are read, and how they are split, preprocessed and augmented."""
+"""Schema of [data] and [augment]: which images are read, and how they are split, preprocessed and augmented."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREDICTION_NAMES = ("path", "label", "labels", "prediction", "predictions", "row
 """Columns of predictions.csv and of the out-of-fold predictions of a study, besides probabilities."""
 
 MAX_CHANNELS = 32
-"""Largest number of input channels."""
+"""Maximum number of input channels."""
 
 ImageSize = Annotated[int, Field(ge=4, le=4096)]
 """Height or width of images, in pixels."""
@@ -58,11 +58,11 @@ class SplitConfig(ConfigModel):
         None,
         ge=2,
         le=1000,
-        description="Number of folds for cross-validation: the training images are divided into that many parts of "
+        description="Number of folds for cross-validation: the training images are divided into this many parts of "
         "equal size. With test = auto and no official test list, the fold is the test split, and validation images are "
-        "drawn from the other folds; else the fold is the validation split.",
+        "drawn from the other folds; otherwise the fold is the validation split.",
     )
-    fold: int = Field(0, ge=0, description="Number of this run's fold, from 0 to folds - 1.")
+    fold: int = Field(0, ge=0, description="Fold of this run, from 0 to folds - 1.")
     seed: Seed | Literal["recipe.seed"] = Field(
         0,
         description="Seed of the split, independent of recipe.seed so that runs with different seeds share one "
@@ -92,25 +92,25 @@ class NormalizeValues(ConfigModel):
 
 
 class ColumnsConfig(ConfigModel):
-    """Names of a table's columns."""
+    """Names of the columns of a table."""
 
     image: ColumnName | None = Field(
         None,
         description="Paths of the image files, relative to data.root; or, in a Parquet file, the images themselves, as "
-        "bytes or {bytes, path}. Default: image; or path, file, filename or file_name, if only one of them is there.",
+        "bytes or {bytes, path}. Default: whichever of image, path, file, filename and file_name exists.",
     )
     label: ColumnName | Annotated[list[ColumnName], Field(min_length=2)] = Field(
         "label",
-        description="Class of each image, as a name or a number; multi-label: a list of names or numbers, text with "
-        "data.label_separator, or a list of columns that have 1 for each label of an image and 0 otherwise.",
+        description="Class of each image, as a name or a number. Multi-label: lists of names or numbers, text with "
+        "data.label_separator, or several columns, listed here, that contain 1 for their label and 0 otherwise.",
     )
     split: ColumnName | None = Field(
         None,
-        description="Split of each image: train, validation or test, or another usual name such as val. Without "
-        "it the splits are drawn.",
+        description="Split of each image: train, validation, test, or another usual name such as val. Default: the "
+        "splits are drawn at random.",
     )
     group: ColumnName | None = Field(
-        None, description="Group of each image, such as a patient: drawn splits never divide a group."
+        None, description="Group of each image, such as a patient: random splits never divide a group."
     )
     weight: ColumnName | None = Field(None, description="Weight of each image in the training loss, at least 0.")
     keep: list[ColumnName] = Field(
@@ -139,60 +139,60 @@ class DataConfig(ConfigModel):
         min_length=1,
         description="torchvision: class in torchvision.datasets, such as OxfordIIITPet. huggingface: a folder that the "
         "library `datasets` reads (images with metadata.csv, Parquet, Arrow, saved by save_to_disk), or the name of a "
-        "data set of the hub, such as ylecun/mnist.",
+        "data set on the Hub, such as ylecun/mnist.",
     )
     args: dict[str, Any] = Field(
         {},
         description='torchvision: arguments of the class, such as { annotation_level = "family" } of FGVCAircraft; '
         "split (INaturalist: version) selects one of several training lists. `toolkit datasets torchvision/` lists "
-        "them. huggingface: arguments of load_dataset: name (of a configuration), revision, data_dir, data_files, "
+        "them. huggingface: arguments of load_dataset: name (the configuration), revision, data_dir, data_files, "
         "split.",
     )
     root: Root | Annotated[list[Root], Field(min_length=1)] = Field(
         "data",
-        description="Data folder; `digits` does not need one. imagefolder: also a zip file, a tar file without "
-        "compression, or a list of folders and such files, whose images are joined. table: the paths of images are "
-        "relative to it; default: the table's own folder. shards: a folder of tar or Parquet files, or a "
-        "URL (s3://, gs://, hf://, https://, ...).",
+        description="Data folder; `digits` does not need one. imagefolder: also a zip file, an uncompressed tar file, "
+        "or a list of folders and archives whose images are combined. table: image paths are relative to it; default: "
+        "the table's own folder. shards: a folder of tar or Parquet files, or a URL (s3://, gs://, hf://, https://, "
+        "...).",
     )
     table: str | None = Field(
         None,
         min_length=1,
-        description="table: file with one row per image, .csv, .tsv, .jsonl or .parquet, with its columns named in "
+        description="table: file with one row per image (.csv, .tsv, .jsonl or .parquet); its columns are selected in "
         "[data.columns].",
     )
     columns: ColumnsConfig = Field(
         ColumnsConfig(),
-        description="table, Parquet shards: which columns are read. Tar shards without an index: which keys of their "
-        "JSON files are.",
+        description="table, Parquet shards: the columns to read. Tar shards without an index: the keys of their JSON "
+        "files to read.",
     )
     class_names: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=2)] | None = Field(
         None,
-        description="table, shards without an index: names of the classes in their order, as a list or a text file "
-        "with one per line; labels are these names, or their indices from 0. Default: the names that a Parquet file "
-        "of the library `datasets` states, else the labels that occur, sorted.",
+        description="table, shards without an index: class names in the order of their indices, as a list or a text "
+        "file with one name per line; labels are names or indices, from 0. Default: the names in the metadata of a "
+        "Parquet file that the library `datasets` wrote, else the labels in the data, sorted.",
     )
     label_separator: str | None = Field(
         None,
         min_length=1,
         max_length=10,
-        description='table, shards without an index: separates the labels of an image, as in "cat;dog", and makes the '
-        "data set multi-label.",
+        description='table, shards without an index: separator between the labels of an image, such as ; in "cat;dog"; '
+        "makes the data set multi-label.",
     )
     shuffle_shards: int | None = Field(
         None,
         ge=1,
         le=100_000,
-        description="shards: draw each batch from about this number of shards at a time, so that shards can be fetched "
-        "one after the other; 10 is usual. Default: from all, which needs all of them in the cache folder or in "
-        "data.root.",
+        description="shards: number of shards that each batch is drawn from, approximately, so that shards can be "
+        "downloaded one after the other; 10 is usual. Default: all shards, which must then all fit in the cache folder "
+        "or be in data.root.",
         json_schema_extra={"unit": "shards"},
     )
     cache_limit: float | None = Field(
         None,
         gt=0,
-        description="shards at a URL, Parquet shards: most space in the cache folder for those of this data set. "
-        "Default: half of the free disk.",
+        description="shards at a URL, Parquet shards: maximum size of this data set's shards in the cache folder. "
+        "Default: half of the free disk space.",
         json_schema_extra={"unit": "GiB"},
     )
     download: bool = Field(True, description="Download the data if it is missing and a download is available.")
@@ -218,8 +218,8 @@ class DataConfig(ConfigModel):
     channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] | None = Field(
         None,
         description="Number of input channels of the model. Grayscale images are repeated to fill 3 channels, color "
-        "images are averaged to 1; any other number must be that of the images (TIFF, .npy; 4: RGBA). Default: 3 with "
-        "pretrained weights, else that of the data set "
+        "images are converted to grayscale for 1; any other number must be that of the images (TIFF, .npy; 4: RGBA). "
+        "Default: 3 with pretrained weights, else that of the data set "
         f"(1 for {', '.join(name for name, info in DATASETS.items() if info.channels == 1)}, 3 for the others).",
     )
     image_size: ImageSize | HeightWidth | None = Field(
@@ -230,14 +230,14 @@ class DataConfig(ConfigModel):
     )
     eval_image_size: ImageSize | HeightWidth | None = Field(
         None,
-        description="Size of the input in validation, test and prediction, if it differs from that in training "
-        "(Touvron et al. 2019: larger, such as 224 after training with 176). Default: image_size.",
+        description="Input size for validation, test and prediction. Networks are often more accurate at a larger size "
+        "than in training, such as 224 after 176 (Touvron et al. 2019). Default: image_size.",
         json_schema_extra=PIXELS,
     )
     progressive_sizes: Annotated[list[ImageSize | HeightWidth], Field(min_length=2, max_length=100)] | None = Field(
         None,
-        description="Sizes of the input in training (Tan & Le 2021, EfficientNetV2), such as [128, 160, 192, 224]: the "
-        "epochs are divided into as many equal parts. The last one is image_size. Default: image_size in all epochs.",
+        description="Input sizes for training, such as [128, 160, 192, 224]: the epochs are divided into as many equal "
+        "stages (Tan & Le 2021, EfficientNetV2). The last size must be image_size. Default: image_size in all epochs.",
         json_schema_extra=PIXELS,
     )
     resize: ImageSize | HeightWidth | Literal["none", "letterbox"] | None = Field(
@@ -250,8 +250,8 @@ class DataConfig(ConfigModel):
     )
     fill: Literal["mean", "black"] | Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1)] = Field(
         "mean",
-        description='Color of the background with resize = "letterbox". mean: the mean that normalize subtracts, so '
-        "that the background is about 0 in the model's input. black. Or a value from 0 to 255 for each channel.",
+        description='Background color with resize = "letterbox". mean: the mean that normalize subtracts, so that the '
+        "background is about 0 in the model's input. black: 0. Or one value from 0 to 255 per channel.",
     )
     crop: Literal["center", "none"] = Field(
         "center",
@@ -273,8 +273,8 @@ class DataConfig(ConfigModel):
     )
     page: Annotated[int, Field(ge=0, le=9999)] | Literal["channels"] = Field(
         0,
-        description="Page of files with several pages (TIFF, GIF, ...), from 0. channels: the pages of a TIFF file are "
-        "the channels of one image.",
+        description="Page to read from files with several pages (TIFF, GIF, ...), from 0. channels: the pages of a "
+        "TIFF file are the channels of one image.",
     )
     value_range: Annotated[list[float], Field(min_length=2, max_length=2)] | Literal["auto"] = Field(
         "auto",
@@ -312,7 +312,7 @@ class DataConfig(ConfigModel):
     @model_validator(mode="before")
     @classmethod
     def _images_are_next_to_the_table(cls, values: Any) -> Any:
-        """Resolve the default of ``root``: the folder of the table."""
+        """Set the default of ``root`` to the folder of the table."""
         if not isinstance(values, dict) or values.get("dataset") != "table" or "root" in values:
             return values
         table = values.get("table")
@@ -332,12 +332,12 @@ class DataConfig(ConfigModel):
 
     @property
     def roots(self) -> list[str]:
-        """``root`` as a list."""
+        """All roots, as a list."""
         return [self.root] if isinstance(self.root, str) else self.root
 
     @property
     def root_folder(self) -> str:
-        """The only root of a data set that cannot have several."""
+        """The root of a data set that can have only one."""
         return self.roots[0]
 
     @property

@@ -59,7 +59,7 @@ class Diagnostic:
     hint: str | None = None
     note: str | None = None
     file: str | None = None
-    """File that the error concerns, if its location in the file is unknown."""
+    """File with the error, if the location in the file is unknown."""
 
     def __str__(self) -> str:
         location = self.location or self.file

@@ -30,7 +30,7 @@ def is_random(split: str, augment: AugmentConfig) -> bool:
 
 
 UP_TO_CROP = frozenset({"before_resize", "before_crop", "crop", "resize_crop"})
-"""Names of the augmentation stages up to the crop."""
+"""Augmentation stages up to the crop."""
 
 
 def unsupported_on_gpu(split: str, augment: AugmentConfig, *, after_crop: bool = False) -> str | None:

@@ -14,17 +14,17 @@ Size = tuple[int, int]
 
 
 def as_size(value: int | Sequence[int]) -> Size:
-    """Return (height, width) for a value of the recipe: one number for a square, or [height, width]."""
+    """Return (height, width) for a recipe value, which is one number for a square, or [height, width]."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def size_text(size: Size) -> str:
-    """Return "224 x 448": height x width."""
+    """Return height x width as text, such as "224 x 448"."""
     return f"{size[0]} x {size[1]}"
 
 
 def as_value(size: Size) -> int | list[int]:
-    """Return the shortest form of a size in a recipe; the inverse of :func:`as_size`."""
+    """Return the recipe value of a size: one number if it is square. The inverse of :func:`as_size`."""
     return size[0] if size[0] == size[1] else list(size)
 
 

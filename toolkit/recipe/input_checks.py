@@ -1,4 +1,4 @@
-"""Checks across keys that concern the model's input: its size, channels and normalization."""
+"""Checks of combinations of keys that concern the model's input: its size, channels and normalization."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLOR_ONLY = frozenset(
     {"AugMix", "AutoAugment", "ColorJitter", "Grayscale", "JPEG", "RandAugment", "RandomAdjustSharpness",
      "RandomAutocontrast", "RandomGrayscale", "RandomPhotometricDistort", "TrivialAugmentWide"}
 )  # fmt: skip
-"""Transforms that apply to images of 1 or 3 channels only."""
+"""Transforms that are possible only for images with 1 or 3 channels."""
 
 
 def image_size(recipe: Recipe) -> Iterator[Issue]:
@@ -26,14 +26,14 @@ def image_size(recipe: Recipe) -> Iterator[Issue]:
     data, table, size = recipe.data, recipe.model, input_size(recipe)
     has_expected_size = table.is_published and table.weights != "none"
     if size is None and not has_expected_size:
-        text = f'must be given, since the images of "{data.dataset}" differ in size'
+        text = f'must be given, because the images of "{data.dataset}" differ in size'
         related = ("data.dataset", "model.name", "model.weights")
         yield error("data.image_size", text, *related, hint="for example image_size = 224", at="table")
     if size is not None and size[0] != size[1] and table.source == "torchvision" and table.name.startswith("vit_"):
-        text = f"torchvision's {table.name} takes square images only, not {size_text(size)} pixels"
-        yield error("data.image_size", text, "model.name", hint="use a square size, or a ViT of timm")
+        text = f"torchvision's {table.name} accepts only square images, not {size_text(size)} pixels"
+        yield error("data.image_size", text, "model.name", hint="use a square size, or a ViT from timm")
     if data.resize == "letterbox" and data.crop == "none":
-        text = '"letterbox" pads images to image_size in place of the crop, so crop = "none" contradicts it'
+        text = '"letterbox" pads images to image_size instead of cropping them, so crop = "none" contradicts it'
         yield error("data.resize", text, "data.crop", hint='set crop = "center"')
     if data.fill != "mean" and data.resize != "letterbox":
         yield warning("data.fill", 'has no effect without resize = "letterbox"', "data.resize", at="key")
@@ -48,12 +48,12 @@ def image_size(recipe: Recipe) -> Iterator[Issue]:
     resized = as_size(data.resize)
     if resized != size:
         shown = size_text(resized) if isinstance(data.resize, list) else f"a short side of {data.resize}"
-        text = f'with crop = "none" images would have {shown} pixels, but the model takes {size_text(size)}'
+        text = f'with crop = "none" images would have {shown} pixels, but the model expects {size_text(size)}'
         yield error("data.resize", text, "data.crop", "data.image_size", hint='set crop = "center"')
 
 
 def _other_sizes(recipe: Recipe, size: Size | None) -> Iterator[Issue]:
-    """Check the sizes of evaluation and of the stages of training, beside the input's ``size``."""
+    """Check the sizes of evaluation and of the training stages; ``size`` is the model's input size."""
     data, table = recipe.data, recipe.model
     stages = [as_size(stage) for stage in data.progressive_sizes or ()]
     if stages and size is not None and stages[-1] != size:
@@ -67,12 +67,12 @@ def _other_sizes(recipe: Recipe, size: Size | None) -> Iterator[Issue]:
     for key, sizes in others.items():
         if size is not None and any(_has_other_shape(table, size, other) for other in sizes):
             name = "the ConvNet" if table.source == "toolkit" else f"torchvision's {table.name}"
-            text = f"{name} takes inputs of one size only, {size_text(size)}"
+            text = f"{name} accepts only inputs of {size_text(size)} pixels"
             yield error(key, text, "data.image_size", "model.name", hint="remove it, or choose another model")
 
 
 def _has_other_shape(table: ModelConfig, size: Size, other: Size) -> bool:
-    """Return whether a model for inputs of ``size`` is known not to take inputs of the ``other`` size."""
+    """Return whether a model built for inputs of ``size`` is known not to accept inputs of size ``other``."""
     if table.source == "torchvision":
         return size != other and table.name.startswith(("vit_", "maxvit_"))
     if table.source != "toolkit" or table.convnet is None:
@@ -84,14 +84,14 @@ def _has_other_shape(table: ModelConfig, size: Size, other: Size) -> bool:
 
 
 def channels_of(recipe: Recipe) -> int:
-    """Return the model's input channels: as set, else 3 with pretrained weights, else those of the data set."""
+    """Return the model's number of input channels: as set, else 3 with pretrained weights, else the data set's."""
     if recipe.data.channels:
         return recipe.data.channels
     return info_of(recipe.data.dataset, recipe.data.name).channels if recipe.model.weights == "none" else 3
 
 
 def normalization(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the normalization has a value per channel; warn if it is not what the pretrained weights expect."""
+    """Check that there is one value per channel; warn if the normalization is not that of the pretrained weights."""
     table, choice, channels = recipe.model, recipe.data.normalize, channels_of(recipe)
     if isinstance(choice, NormalizeValues) and len(choice.mean) != channels:
         text = f"{len(choice.mean)} values for {channels} channel{'s' if channels > 1 else ''}"
@@ -111,10 +111,10 @@ def normalization(recipe: Recipe) -> Iterator[Issue]:
         given = f"mean {toml_value(mean)} and std {toml_value(std)}"
     text = (
         f"the weights {table.weights} of {table.name} expect mean {toml_value(expected.mean)} and std "
-        f"{toml_value(expected.std)}; the recipe gives {given}"
+        f"{toml_value(expected.std)}; the recipe uses {given}"
     )
     related = ("model.name", "model.source", "model.weights")
-    yield warning("data.normalize", text, *related, hint='normalize = "auto" follows the weights')
+    yield warning("data.normalize", text, *related, hint='normalize = "auto" uses the values of the weights')
 
 
 def _close(one: Any, other: Any) -> bool:
@@ -122,7 +122,7 @@ def _close(one: Any, other: Any) -> bool:
 
 
 def channels(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the data set can have this number of channels, and that the augmentations apply to it."""
+    """Check that the data set can have this number of channels, and that the augmentations support it."""
     table, info = recipe.data, info_of(recipe.data.dataset, recipe.data.name)
     if table.channels in (None, 1, 3):
         return
@@ -132,8 +132,8 @@ def channels(recipe: Recipe) -> Iterator[Issue]:
     for split in ("train", "validation", "test"):
         for number, entry in enumerate(getattr(recipe.augment, split)):
             if entry.name in COLOR_ONLY:
-                text = f"{entry.name} is for images of 1 or 3 channels, not {table.channels}"
+                text = f"{entry.name} needs images with 1 or 3 channels, not {table.channels}"
                 yield error(("augment", split, number), text, "data.channels")
     if recipe.augment.auto_augment:
-        text = f"timm's policies are for images of 1 or 3 channels, not {table.channels}"
+        text = f"timm's policies need images with 1 or 3 channels, not {table.channels}"
         yield error("augment.auto_augment", text, "data.channels")

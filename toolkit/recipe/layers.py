@@ -20,7 +20,7 @@ from toolkit.recipe.toml_positions import KeyPath, Span, scan
 from toolkit.similar_names import similar_names
 
 MAX_BYTES = 64 * 1024
-"""Maximum size of a recipe file and all that it extends. Long recipes take 5 KB; the limit is for malicious files."""
+"""Maximum size in bytes of a recipe with all it extends. Long recipes have 5 KB; the limit stops malicious files."""
 
 MAX_PARENTS = 8
 MAX_NESTING = 12

@@ -89,18 +89,18 @@ class TaskConfig(ConfigModel):
 
     kind: Literal["single_label", "multi_label"] = Field(
         "single_label",
-        description="single_label: each image has exactly one class. multi_label: any number of them; each is decided "
-        "by itself.",
+        description="single_label: each image has exactly one class. multi_label: an image may have any number of "
+        "labels, which are predicted independently.",
     )
     threshold: Literal["validation"] | Fraction = Field(
         "validation",
-        description="multi_label: a label is predicted if its probability is at least this. validation: for each label "
-        "the threshold with the highest F1 on the validation images.",
+        description="multi_label: a label is predicted if its probability is at least this value. validation: use, for "
+        "each label, the threshold with the highest F1 on the validation images.",
     )
 
 
 class TrackingConfig(ConfigModel):
-    """Experiment trackers (W&B, TensorBoard, MLflow). Logs in the run directory are always written."""
+    """Experiment trackers (W&B, TensorBoard, MLflow). The logs in the run directory are always written."""
 
     trackers: list[Literal["wandb", "tensorboard", "mlflow"]] = Field(
         ["wandb"], description="Trackers to log to; []: none."
@@ -113,8 +113,8 @@ class TrackingConfig(ConfigModel):
     project: Name = Field("toolkit", description="W&B project or MLflow experiment.")
     entity: str | None = Field(None, description="W&B user or team; default: your own.")
     group: str | None = Field(None, description="W&B group, and MLflow tag `group`; default: the recipe's name.")
-    run_name: str | None = Field(None, description="Name that W&B and MLflow show; default: recipe name and run id.")
-    tags: list[str] = Field([], description="W&B tags; joined by commas in one MLflow tag.")
+    run_name: str | None = Field(None, description="Run name in W&B and MLflow; default: recipe name and run id.")
+    tags: list[str] = Field([], description="W&B tags; in MLflow, one tag that contains all, separated by commas.")
     notes: str = Field("", description="W&B notes or MLflow description; default: the recipe's description.")
 
 
@@ -216,7 +216,7 @@ class Recipe(ConfigModel):
     @model_validator(mode="before")
     @classmethod
     def _multi_label_defaults(cls, content: Any) -> Any:
-        """With task.kind = "multi_label", default the loss and the metrics that select to those of multi-label."""
+        """Set the defaults of the loss and of the selection metrics for task.kind = "multi_label"."""
         task = content.get("task") if isinstance(content, dict) else None
         if not (isinstance(task, dict) and task.get("kind") == "multi_label"):
             return content

@@ -37,7 +37,7 @@ MOST_TRIALS = 10_000
 """Maximum number of configurations of a search."""
 
 ConfigOverrides = dict[str, Any]
-"""Recipe keys, nested as in a recipe; each field's description says what their values mean."""
+"""Recipe keys, nested as in a recipe; what their values mean depends on the field."""
 
 
 class PublishedMean(ConfigModel):

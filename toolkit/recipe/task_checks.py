@@ -20,10 +20,10 @@ def task(recipe: Recipe) -> Iterator[Issue]:
             yield warning("task.threshold", f"has no effect with {here}", "task.kind", at="key")
     else:
         if table.loss == "cross_entropy":
-            text = f"it is for images of exactly one class, but {here}"
+            text = f"cross-entropy needs images with exactly one class, but {here}"
             yield error("train.loss", text, "task.kind", hint='set "bce", "focal" or "asymmetric"')
         if table.sampling == "balanced":
-            text = f"an image with several labels belongs to no single class to balance ({here})"
+            text = f"balanced sampling needs images with exactly one class, but {here}"
             yield error("train.sampling", text, "task.kind", hint='set train.class_weights = "balanced"')
         if recipe.task.threshold == "validation" and recipe.data.split.validation == 0:
             text = "the thresholds are chosen on validation images, but data.split.validation is 0"
@@ -31,18 +31,18 @@ def task(recipe: Recipe) -> Iterator[Issue]:
             yield error("task.threshold", text, "data.split.validation", hint=hint, at="table")
     for key, name in _metrics_of(recipe):
         if not is_measured(name, kind):
-            text = f"{metric_of(name).measure.label} is not measured with {here}"
-            yield error(key, text, "task.kind", hint=f"measured are {', '.join(measures_of(kind))}")
+            text = f"{metric_of(name).measure.label} is not computed with {here}"
+            yield error(key, text, "task.kind", hint=f"available metrics: {', '.join(measures_of(kind))}")
 
 
 def _metrics_of(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    """Yield every metric that a recipe names, with its key."""
+    """Yield every metric in a recipe, with the key that contains it."""
     if recipe.train.best_metric != "last":
         yield ("train", "best_metric"), recipe.train.best_metric
     yield ("scheduler", "metric"), recipe.scheduler.metric
     yield ("early_stopping", "metric"), recipe.early_stopping.metric
     for name in recipe.expected_metrics:
-        if name in EXPECTED_METRICS:  # another check reports unknown ones
+        if name in EXPECTED_METRICS:  # another check reports unknown metrics
             yield ("expected_metrics", name), EXPECTED_METRICS[name].name
     if recipe.study is None:
         return

@@ -128,16 +128,14 @@ class LossConfig(ConfigModel):
 
     model_config = ConfigDict(extra="allow")
 
-    gamma: float = Field(
-        2.0, ge=0, le=20, description="focal: exponent; the larger it is, the less do easy examples count."
-    )
+    gamma: float = Field(2.0, ge=0, le=20, description="focal: exponent; larger values give easy examples less weight.")
     alpha: Fraction = Field(
-        0.25, description="focal: weight of the classes that are present; 1 - alpha is that of the others."
+        0.25, description="focal: weight of the classes that are present; the others have weight 1 - alpha."
     )
-    gamma_positive: float = Field(0.0, ge=0, le=20, description="asymmetric: exponent for the classes present.")
-    gamma_negative: float = Field(4.0, ge=0, le=20, description="asymmetric: exponent for the other classes.")
+    gamma_positive: float = Field(0.0, ge=0, le=20, description="asymmetric: exponent for classes that are present.")
+    gamma_negative: float = Field(4.0, ge=0, le=20, description="asymmetric: exponent for classes that are absent.")
     clip: FractionBelowOne = Field(
-        0.05, description="asymmetric: probabilities of the other classes are reduced by this, to 0 at the least."
+        0.05, description="asymmetric: amount by which probabilities of absent classes are reduced, but not below 0."
     )
 
     @property
@@ -153,7 +151,7 @@ LOSS_KEYS = {
     "gamma_negative": "asymmetric",
     "clip": "asymmetric",
 }
-"""The loss that uses each key of [train.loss_args]."""
+"""Loss that uses each key of [train.loss_args]."""
 
 
 class TrainConfig(ConfigModel):
@@ -201,16 +199,16 @@ class TrainConfig(ConfigModel):
         "cross_entropy",
         description="Training loss. Default: cross_entropy, or bce with task.kind = multi_label. bce: binary "
         "cross-entropy of each class, averaged over the classes (Wightman et al. 2021, arXiv:2110.00476). focal (Lin "
-        "et al. 2017, arXiv:1708.02002) and asymmetric (Ridnik et al. 2021, arXiv:2009.14119): the same with less "
-        "weight on easy examples. plugin:NAME: code of your own (docs/plugins.md). The validation and test loss is the "
-        "cross-entropy; for multi_label the binary one.",
+        "et al. 2017, arXiv:1708.02002) and asymmetric (Ridnik et al. 2021, arXiv:2009.14119): bce with less weight on "
+        "easy examples. plugin:NAME: your own code (docs/plugins.md). Validation and test loss are always the "
+        "cross-entropy (multi_label: binary cross-entropy).",
     )
     loss_args: LossConfig = Field(LossConfig(), description="Arguments of the loss.")
     class_weights: Literal["none", "balanced"] | list[Weight] | dict[str, Weight] = Field(
         "none",
         description="balanced: weight the training loss by inverse class frequency (multi_label: for each label, so "
-        "that the images with and without it weigh the same). Or the weight of each class: a list in the order of the "
-        "classes, or by name, where classes that are not named have weight 1. For mixed or smoothed targets each class "
+        "that images with it and images without it have the same total weight). Or the weight of each class, as a list "
+        "in class order, or by name, where unnamed classes have weight 1. For mixed or smoothed targets each class "
         "probability is weighted separately, as in torch's cross_entropy.",
     )
     sampling: Literal["shuffle", "balanced"] = Field(

@@ -61,7 +61,7 @@ OTHER_NAMES = {
     "architecture": "name",
     "pretrained": "weights",
 }
-"""Names that other tools use for a key, if they are too different from its name to be found by similarity."""
+"""Names that other tools use for a key and that are too different from its name to be found by similarity."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ def validate(values: dict[str, Any]) -> ValidationResult:
 def _unsupported_values(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """Yield an issue for each value that TOML allows but recipes do not.
 
-    Not left to pydantic, since arguments of models and optimizers accept any type.
+    pydantic does not report them, because arguments of models and optimizers may have any type.
     """
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):

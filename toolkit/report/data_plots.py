@@ -120,7 +120,7 @@ def contact_sheet(
 def to_images(inputs: Sequence[npt.NDArray[np.float32]]) -> tuple[list[Image.Image], tuple[float, float]]:
     """Convert model inputs, float [C, H, W], to images on a common scale; also return the values of black and white.
 
-    Of more than three channels the first three are shown as colors, of two the first one.
+    With more than three channels, the first three are shown as RGB; with two, the first one is shown.
     """
     low, high = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
     scale = 255 / max(high - low, 1e-9)

@@ -1,4 +1,4 @@
-"""Predictions of a multi-label run, and the metrics, plots and tables of its report that only they have."""
+"""Predictions of a multi-label run, and the metrics, plots and tables that only its report contains."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from toolkit.runs import Run
 from toolkit.training.classification_metrics import RankingCurve, multi_label_class_metrics, ranking_curves
 
 MAX_PAIRS = 300
-"""Maximum number of pairs of labels in the table of errors."""
+"""Maximum number of label pairs in the table of errors."""
 
 
 @dataclass(frozen=True)
 class LabelPredictions:
-    """Content of a multi-label run's predictions.csv, in row order."""
+    """Content of predictions.csv of a multi-label run, in row order."""
 
     names: list[str]
     """Names of the images."""
@@ -53,13 +53,13 @@ class LabelPredictions:
 
     @property
     def largest_errors(self) -> npt.NDArray[np.float32]:
-        """Largest difference of a score from its label among the wrong predictions of each image, [N]; 0 if none."""
+        """Largest difference between score and label among the wrong predictions of each image, [N]; 0 if none."""
         errors = np.abs(self.scores - self.labels) * (self.predictions != self.labels)
         largest: npt.NDArray[np.float32] = errors.max(1)
         return largest
 
     def worst(self, count: int) -> Ints:
-        """Return the rows of at most ``count`` images with wrong predictions, the largest error first."""
+        """Return the rows of up to ``count`` images with wrong predictions, the largest errors first."""
         wrong = np.flatnonzero(~self.correct)
         return wrong[np.argsort(-self.largest_errors[wrong], kind="stable")][:count]
 
@@ -79,7 +79,7 @@ def read_label_predictions(run: Run, classes: list[str]) -> LabelPredictions:
         for number, row in enumerate(rows):
             names = [text for text in row[column].split(LABEL_SEPARATOR) if text]
             if any(text not in index for text in names):
-                raise UnreadableFile(file, f"line {number + 2} names a label that the run does not have")
+                raise UnreadableFile(file, f"line {number + 2} contains a label that the run does not have")
             mask[number, [index[text] for text in names]] = 1
     scores = np.array([list(row.values())[len(LABEL_COLUMNS) : len(columns)] for row in rows], dtype=np.float32)
     names, kept = [row["path"] for row in rows], kept_columns(rows, columns)
@@ -138,7 +138,7 @@ def error_table(found: LabelPredictions) -> HtmlTable:
 
 
 def precision_recall_figure(title: str, found: LabelPredictions) -> Figure:
-    """Plot precision against recall of each label; of many labels, only the ones with the lowest average precision."""
+    """Plot precision against recall for each label; if there are many, for those with the lowest average precision."""
     figure, axes = labeled_axes("recall", "precision", fitted(title, 5), (6.3, 4.4), integers=False)
     curves = [(curve.average_precision, k) for k, curve in enumerate(found.curves) if curve.positives]
     for number, (average, k) in enumerate(sorted(curves)[: 2 * len(CYCLE)]):

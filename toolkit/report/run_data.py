@@ -146,7 +146,7 @@ class RunData:
 
     @property
     def train_preprocessing(self) -> Preprocessing:
-        """The preprocessing of the run's training images in its last epochs; raises as :attr:`preprocessing`."""
+        """Preprocessing of the run's training images in its last epochs; raises like :attr:`preprocessing`."""
         stored = self.card.get("train_preprocessing")
         return Preprocessing.from_dict(stored) if isinstance(stored, dict) else self.preprocessing
 

@@ -50,8 +50,8 @@ def open_run_images(
     """Open a run's data set without downloading anything.
 
     The images are decoded according to ``preprocessing``; None: according to the recipe. ``data_root`` overrides the
-    recipe's data.root; if that is a list, it is the folder that holds all of them. Raises UserError if the images are
-    missing or, unless ``classes`` is empty, if the classes have changed.
+    recipe's data.root; if that is a list, it is the folder that contains all of them. Raises UserError if the images
+    are missing or, unless ``classes`` is empty, if the classes have changed.
     """
     config = resolve_channels(recipe.data, pretrained=recipe.model.weights != "none")
     config = config if preprocessing is None else as_trained(config, preprocessing)
@@ -67,7 +67,7 @@ def open_run_images(
 
 
 def _moved(root: str | list[str], data_root: Path | None) -> str | list[str]:
-    """Return the recipe's root or roots; ``data_root`` is used in its place, or holds all of them."""
+    """Return the recipe's root or roots; ``data_root`` replaces a single root, or is the folder that contains all."""
     if data_root is None:
         return root
     return str(data_root) if isinstance(root, str) else [str(data_root / name) for name in root_names(root)]

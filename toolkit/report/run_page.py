@@ -122,7 +122,7 @@ def _cards(data: RunData) -> Iterator[SummaryCard]:
     metrics = (
         (
             ("test mAP", "test_map", "mean average precision over the labels"),
-            ("test micro F1", "test_micro_f1", "of the decisions on all labels together"),
+            ("test micro F1", "test_micro_f1", "over the predictions of all labels together"),
             ("test macro F1", "test_macro_f1", "mean F1 over the labels"),
             ("test accuracy", "test_accuracy", "all labels of an image are correct"),
         )
@@ -169,7 +169,7 @@ def _costs(summary: Record) -> Iterator[SummaryCard]:
 
 
 def _measured(data: RunData, *splits: str) -> list[Metric]:
-    """Return the best model's metrics on some splits that are computed for the run's kind of task."""
+    """Return the metrics of the best model on ``splits`` that are computed for the run's kind of task."""
     kind = "multi_label" if data.is_multi_label else "single_label"
     best = [metric for metric in METRICS.values() if metric.model == "best" and metric.split in splits]
     return [metric for metric in best if kind in metric.measure.tasks]

@@ -30,7 +30,7 @@ MAX_LABELED = 250
 """Maximum number of classes for which their names are shown."""
 
 MAX_MATRIX = 2000
-"""Maximum number of classes of a plotted confusion matrix; the cells of more are smaller than a pixel."""
+"""Maximum number of classes in a plotted confusion matrix; with more, cells would be smaller than a pixel."""
 
 MISTAKES, COLUMNS = 24, 6
 """Number of mistakes in the figure, and in each of its rows."""
@@ -89,7 +89,7 @@ def class_accuracy_figure(title: str, found: RunPredictions) -> Figure:
     axes = figure.subplots()
     if labeled:
         axes.barh(range(len(order)), 100 * accuracy[order], 0.72, color=BLUE)
-    else:  # one outline, since thousands of rectangles would take minutes
+    else:  # one outline, because thousands of rectangles would take minutes
         edges = np.arange(len(order) + 1) - 0.5
         axes.stairs(100 * accuracy[order], edges, orientation="horizontal", fill=True, color=BLUE)
     mean = 100 * float(np.nanmean(accuracy))

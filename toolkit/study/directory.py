@@ -39,7 +39,7 @@ FORMAT = 1
 """Version of the format of study.json."""
 
 FOLD = "data.split.fold"
-"""Key that varies within a row of the table, as the seed does, if it is in [study.grid] or [study.zip]."""
+"""Key that, if it is in [study.grid] or [study.zip], varies within a table row, like the seed."""
 
 FILE = "study.json"
 STUDY_COPY = "study.toml"

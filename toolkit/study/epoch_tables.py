@@ -74,7 +74,7 @@ def _marked_table(
     for (_, cells, _), curve in zip(columns[1:], curves.values(), strict=True):
         if not curve:
             continue
-        best = max(range(len(curve)), key=lambda epoch: sign * curve[epoch])  # the first in case of ties
+        best = max(range(len(curve)), key=lambda epoch: sign * curve[epoch])  # the earliest in case of ties
         cells[best] = f"{BEST}{cells[best]}"
         if best + 1 < len(curve) and sign * curve[best + 1] < sign * curve[best]:
             cells[best + 1] = f"{DECLINE}{cells[best + 1]}"
@@ -98,7 +98,7 @@ def _row_table(found: StudyResults, row: ResultRow, metrics: Sequence[str]) -> T
 
 
 def _columns(curves: Sequence[tuple[str, str, Sequence[float]]]) -> list[Column]:
-    """Return a column of epochs and one for each curve, given as heading, metric and values."""
+    """Return a column of epoch numbers and a column for each curve, given as (heading, metric, values)."""
     length = max(len(curve) for _, _, curve in curves)
     columns = [Column("epoch", [str(epoch + 1) for epoch in range(length)], is_left=True)]
     for heading, metric, curve in curves:

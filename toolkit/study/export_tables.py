@@ -33,7 +33,7 @@ def main_table(found: StudyResults) -> TextTable:
 
 
 def main_records(found: StudyResults) -> list[dict[str, object]]:
-    """Return the main table as records, sorted and truncated likewise."""
+    """Return the main table as records, sorted and truncated like the text table."""
     return trial_records(found) if found.trials else row_records(found)
 
 
@@ -49,7 +49,7 @@ def judged_tables(found: Sequence[Agreement], claims: Sequence[JudgedClaim], con
 
 
 def all_tables(found: StudyResults) -> list[TextTable]:
-    """Return the main table and all others for which the study has results."""
+    """Return the main table and all other tables for which the study has results."""
     judged = judged_tables(agreement(found), found.claims, found.confidence)
     compare = found.options.compare
     compared = [build_comparison_table(found.comparison, *compare, found.confidence)] if compare else []

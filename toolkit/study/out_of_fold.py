@@ -1,4 +1,4 @@
-"""Out-of-fold predictions of a study: each image once, by the model that was not trained on it. Imports no torch."""
+"""Out-of-fold predictions of a study: for each image, by the model not trained on it. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toolkit.writing import write_atomically
 
 
 def write_out_of_fold(folder: StudyDirectory, path: Path) -> int:
-    """Write a CSV file with the test predictions of all folds, for each row and seed of the study; return their number.
+    """Write the test predictions of all folds to a CSV file, for each row and seed of a study; return their number.
 
     The columns are row, seed, fold and those of predictions.csv. Raises UserError if the study has no folds, a fold is
     not finished, or the folds do not predict each image exactly once.
@@ -30,7 +30,7 @@ def write_out_of_fold(folder: StudyDirectory, path: Path) -> int:
 
 
 def _predictions(folder: StudyDirectory, members: Sequence[StudyRun]) -> Iterator[dict[str, object]]:
-    """Yield the test predictions of the folds of one row and seed."""
+    """Yield the test predictions of all folds for one row and seed."""
     where = f"out-of-fold predictions of row {members[0].row!r}, seed {members[0].seed}"
     runs = _runs(folder, members, where)
     fold_of: dict[str, int] = {}
@@ -47,7 +47,9 @@ def _predictions(folder: StudyDirectory, members: Sequence[StudyRun]) -> Iterato
     split = runs[0].split
     left = {name for names in (split["train"], split["validation"]) for name in names} - fold_of.keys()
     if left:
-        raise UserError(f"{where}: {len(left)} images are in no fold (data.test_images_per_class), such as {min(left)}")
+        raise UserError(
+            f"{where}: {len(left)} images are not in any fold (data.test_images_per_class), such as {min(left)}"
+        )
 
 
 def _runs(folder: StudyDirectory, members: Sequence[StudyRun], where: str) -> dict[int, Run]:

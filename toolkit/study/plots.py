@@ -31,11 +31,11 @@ class StudyFigure(NamedTuple):
     """A figure of a study."""
 
     name: str
-    """Name of its file, without the ending."""
+    """File name without suffix."""
     figure: Figure
     caption: str
     has_color_scale: bool = False
-    """Whether colors range from light to dark, which needs a white background."""
+    """Whether the colors range from light to dark, which requires a white background."""
 
 
 def draw(found: StudyResults, folder: Path, log: Callable[[str], None]) -> list[Path]:

@@ -181,7 +181,7 @@ def _estimates(group: Sequence[RunResult], confidence: float) -> dict[str, MeanW
 
 
 def _grouping(results: Sequence[RunResult], by: Sequence[str]) -> Callable[[RunResult], str]:
-    """Return a function that maps a run to the name of its row."""
+    """Return a function that returns the row name of a run."""
     if not by:
         return lambda result: result.member.row
     known = dict.fromkeys(["recipe.seed", *(key for result in results for key in result.member.changes)])
@@ -254,5 +254,5 @@ def ranked_trials(results: Sequence[RunResult], metric: str) -> list[TrialResult
 
 
 def varied_keys(results: Sequence[RunResult]) -> list[str]:
-    """Return the keys set by any configuration, in order of appearance, without that of the fold."""
+    """Return the keys set by any configuration, in order of appearance, without the fold."""
     return list(dict.fromkeys(key for result in results for key in result.member.changes if key != FOLD))

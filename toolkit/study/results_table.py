@@ -12,7 +12,7 @@ from toolkit.study.text_table import MINUS, MISSING, Column, TextTable, interval
 
 
 def build_results_table(found: StudyResults) -> TextTable:
-    """Build the table of results; columns of published values follow those of the metrics that have any."""
+    """Build the table of results; metrics with published values are followed by columns for these."""
     rows = found.shown(found.rows)
     columns = [Column("setting", [row.name for row in rows], is_left=True)]
     if any(len(row.results) > 1 for row in found.rows):

@@ -1,4 +1,4 @@
-"""All results of a study so far, from which its tables, figures and reports are built. Does not import torch."""
+"""All results of a study so far, the input of its tables, figures and reports. Does not import torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TableOptions:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """The results of a study so far, and what to show of them."""
+    """The results of a study so far, and the options that select what is shown."""
 
     name: str
     table: StudyConfig
@@ -111,7 +111,7 @@ def read_outcomes(folder: StudyDirectory, options: TableOptions) -> StudyResults
 
 
 def _measured(columns: Sequence[str], results: Sequence[RunResult]) -> Sequence[str]:
-    """Return the study's columns without validation and test metrics that no finished run has."""
+    """Return the study's columns, except validation and test metrics that no finished run has."""
     finished = [result for result in results if result.is_finished]
 
     def has(column: str) -> bool:

@@ -16,18 +16,18 @@ from toolkit.recipe.diagnostics import printable
 DECLINE = "\N{DOWNWARDS ARROW}"
 """Marks the first value after a column's best one, if it is worse."""
 MINUS, MISSING = "\N{MINUS SIGN}", "\N{EN DASH}"
-"""Sign of negative numbers, and what is shown in place of a missing value."""
+"""Sign of negative numbers, and placeholder for missing values."""
 BEST = "*"
 """Marks the name of the best row where bold type is not available."""
 
 
 class Column(NamedTuple):
-    """A column of a table, as text."""
+    """A column of a table, formatted as text."""
 
     heading: str
     cells: list[str]
     is_left: bool = False
-    """Whether it is left-aligned, as names are; numbers are right-aligned."""
+    """Whether the column is left-aligned, like names, or right-aligned, like numbers."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def latex(table: TextTable) -> str:
 
 
 def _escaped_rows(table: TextTable, escape: Callable[[str], str], bold: str) -> list[list[str]]:
-    """Return the rows with escaped cells; those of the best rows are inserted into the format ``bold``."""
+    """Return the rows with escaped cells; cells of the best rows are formatted with ``bold``."""
     rows = [[escape(cell) for cell in row] for row in table.rows]
     return [
         [bold.format(cell) if cell else "" for cell in row] if index in table.marked else row

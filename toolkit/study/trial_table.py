@@ -9,7 +9,7 @@ from toolkit.study.text_table import MISSING, Column, TextTable, number
 
 
 def build_trial_table(found: StudyResults) -> TextTable:
-    """Build the table of trials, with the search metric and the other columns, which only finished runs have."""
+    """Build the table of trials, with the search metric and other columns, which are empty for unfinished runs."""
     trials, sought = found.shown(found.trials), metric_of(found.table.metric).name
     keys = varied_keys([trial.result for trial in found.trials])
     changes = [trial.result.member.changes for trial in trials]

@@ -157,7 +157,7 @@ def _keys_are_varied_once(table: StudyConfig, variables: list[SearchParameter]) 
     key_paths += [(leaf.key, leaf.key_path) for leaf in dotted_leaves(table.space, ("study", "space"), RANGES)]
     for key, key_path in key_paths:
         if key == FOLD and key_path[1] == "space":
-            text = f"{key} cannot be searched for: set one fold for all runs, or vary it in study.grid"
+            text = f"{key} cannot be a search parameter: set one fold for all runs, or vary it in study.grid"
             yield Issue(text, key_path, at="key")
         if key in FIXED:
             yield Issue(f"{key} cannot vary: {FIXED[key]}", key_path, at="key")

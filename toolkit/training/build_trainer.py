@@ -110,7 +110,7 @@ def _tensor(setup: TrainingContext, weights: np.ndarray | None) -> Tensor | None
 
 
 def class_weights(setup: TrainingContext) -> np.ndarray | None:
-    """Return the weights of the classes in the loss, as :func:`training_loss` expects them; None: all are equal.
+    """Return the class weights of the loss in the form that :func:`training_loss` expects; None: all are equal.
 
     Raises UserError if the recipe's weights do not fit the classes.
     """
@@ -127,16 +127,16 @@ def class_weights(setup: TrainingContext) -> np.ndarray | None:
     if unknown := next((name for name in named if name not in classes), None):
         known = f"; it has {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
         hint = did_you_mean(unknown, classes, prefix="; ", otherwise=known)
-        raise UserError(f"train.class_weights names {unknown!r}, which is not a class of the data set{hint}")
+        raise UserError(f"train.class_weights contains {unknown!r}, which is not a class of the data set{hint}")
     return np.array([named.get(name, 1.0) for name in classes])
 
 
 def example_weights(setup: TrainingContext) -> np.ndarray | None:
-    """Return the weights of the training images in the loss, with mean 1, [N]; None if the data set has none."""
+    """Return the loss weights of the training images, divided by their mean, [N]; None if the data set has none."""
     if setup.dataset.weights is None:
         return None
     weights = setup.dataset.weights[setup.splits["train"]]
     if not weights.sum() > 0:
-        raise UserError("all training images have weight 0: there is nothing to train on")
+        raise UserError("all training images have weight 0, so there is nothing to train on")
     scaled: np.ndarray = weights / weights.mean()
     return scaled

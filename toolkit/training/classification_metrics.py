@@ -1,7 +1,6 @@
 """Metrics of single-label and multi-label classification, with NumPy; scikit-learn gives the same values.
 
-A label is *present* in an image or *absent* from it. A threshold decides: a label whose score is at least the threshold
-is predicted.
+A label is *present* in an image or *absent* from it. It is predicted if its score is at least the threshold.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ class ClassMetrics:
     """Precision, recall, F1 and support of each class or label, [K]; 0 where the denominator is 0."""
 
     precision: Floats
-    """Correct predictions of the class divided by all predictions of it."""
+    """Correct predictions of the class, divided by the number of its predictions."""
     recall: Floats
-    """Correct predictions of the class divided by its images."""
+    """Correct predictions of the class, divided by the number of its images."""
     f1: Floats
     """Harmonic mean of precision and recall."""
     support: Ints
@@ -48,7 +47,7 @@ def _ratio(numerator: Ints, denominator: Ints) -> Floats:
 
 
 def single_label_class_metrics(labels: Ints, predictions: Ints, classes: int) -> ClassMetrics:
-    """Return the metrics of each class; ``labels`` and ``predictions`` are class indices, [N]."""
+    """Return the metrics of each class. ``labels`` and ``predictions``: class indices, [N]."""
     hits, support, predicted = (
         np.bincount(values, minlength=classes) for values in (labels[labels == predictions], labels, predictions)
     )
@@ -56,7 +55,7 @@ def single_label_class_metrics(labels: Ints, predictions: Ints, classes: int) ->
 
 
 def multi_label_class_metrics(labels: npt.NDArray[np.uint8], predictions: Bools) -> ClassMetrics:
-    """Return the metrics of each label; ``labels`` and ``predictions`` are 1 for present labels, [N, K]."""
+    """Return the metrics of each label. ``labels`` and ``predictions``: 1 for present or predicted labels, [N, K]."""
     present = labels.astype(bool)
     hits, support, predicted = (np.count_nonzero(mask, 0) for mask in (present & predictions, present, predictions))
     return ClassMetrics.of_counts(hits, support, predicted)
@@ -64,14 +63,14 @@ def multi_label_class_metrics(labels: npt.NDArray[np.uint8], predictions: Bools)
 
 @dataclass(frozen=True)
 class RankingCurve:
-    """Images of one label, ranked by decreasing score: what is found at each threshold."""
+    """Ranking of all images by their score for one label, and the number of images found at each threshold."""
 
     thresholds: Floats
-    """The distinct scores, decreasing, [n]."""
+    """Distinct scores in decreasing order, [n]."""
     hits: Ints
-    """Images with at least that score in which the label is present, [n]."""
+    """Number of images with at least this score in which the label is present, [n]."""
     retrieved: Ints
-    """Images with at least that score, [n]."""
+    """Number of images with at least this score, [n]."""
 
     @property
     def positives(self) -> int:
@@ -86,15 +85,15 @@ class RankingCurve:
 
     @property
     def recall(self) -> Floats:
-        """Recall at each threshold; the label must be present in an image."""
+        """Recall at each threshold; the label must be present in some image."""
         found: Floats = self.hits / self.positives
         return found
 
     @property
     def average_precision(self) -> float:
-        """Average precision, 0..1: the mean precision weighted by the increase in recall; the label must be present.
+        """Average precision, 0..1: the mean of the precisions, weighted by the increases in recall.
 
-        No interpolation, as in scikit-learn's average_precision_score.
+        Not interpolated, as in scikit-learn's average_precision_score. The label must be present in some image.
         """
         return float(np.sum(np.diff(self.recall, prepend=0.0) * self.precision))
 
@@ -107,10 +106,10 @@ class RankingCurve:
 
     @property
     def best_threshold(self) -> float:
-        """Threshold with the highest F1, the highest such one; 0.5 if the label is never present.
+        """Threshold with the highest F1, and the highest one in case of ties; 0.5 if the label is never present.
 
-        It is in the middle between two scores, so that rounding does not change the predictions. Lipton et al. 2014,
-        "Optimal thresholding of classifiers to maximize F1 measure".
+        It is midway between two scores, so that rounding errors do not change the predictions (Lipton et al. 2014,
+        "Optimal thresholding of classifiers to maximize F1 measure").
         """
         if not self.positives:
             return DEFAULT_THRESHOLD
@@ -120,7 +119,7 @@ class RankingCurve:
 
 
 def ranking_curve(present: npt.NDArray[np.generic], scores: npt.NDArray[np.floating]) -> RankingCurve:
-    """Return the curve of one label; ``present`` is 1 where it is present, [N], ``scores`` are in 0..1, [N]."""
+    """Return the curve of one label. ``present``: 1 for images with the label, [N]. ``scores``: in 0..1, [N]."""
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order].astype(np.float64)
     last_of_equals = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
@@ -129,15 +128,15 @@ def ranking_curve(present: npt.NDArray[np.generic], scores: npt.NDArray[np.float
 
 
 def ranking_curves(labels: npt.NDArray[np.uint8], scores: npt.NDArray[np.floating]) -> list[RankingCurve]:
-    """Return the curve of each label; ``labels`` and ``scores`` are [N, K]."""
+    """Return the curve of each label. ``labels``: 1 for present labels, [N, K]. ``scores``: in 0..1, [N, K]."""
     return [ranking_curve(labels[:, k], scores[:, k]) for k in range(labels.shape[1])]
 
 
 def single_label_metrics(labels: Ints, predictions: Ints, in_top5: Bools, classes: int) -> dict[str, float]:
-    """Return the metrics of class indices [N]: accuracy, top-5 and balanced accuracy, macro F1.
+    """Return accuracy, top-5 accuracy, balanced accuracy and macro F1 of class indices, [N].
 
-    Balanced accuracy is the mean recall over the classes that occur; macro F1 the mean F1 over the classes that occur
-    or are predicted, as in scikit-learn.
+    Balanced accuracy is the mean recall over the classes that occur; macro F1 is the mean F1 over the classes that
+    occur or are predicted, as in scikit-learn.
     """
     of_class = single_label_class_metrics(labels, predictions, classes)
     return {
@@ -151,12 +150,12 @@ def single_label_metrics(labels: Ints, predictions: Ints, in_top5: Bools, classe
 def multi_label_metrics(
     labels: npt.NDArray[np.uint8], predictions: Bools, curves: Sequence[RankingCurve]
 ) -> dict[str, float]:
-    """Return the metrics of labels [N, K] with predictions [N, K] and the curves of the scores.
+    """Return the metrics of labels [N, K], their predictions [N, K] and the curves of their scores.
 
-    accuracy is the subset accuracy: the share of images whose labels are all predicted correctly. map is the mean
-    average precision over the labels that are present in an image; auroc the mean over the labels that are present in
-    some images and absent from others. macro_f1 is the mean F1 over all labels, micro_f1 the F1 of all decisions
-    together. Undefined metrics are left out.
+    accuracy is the subset accuracy: the fraction of images whose labels are all predicted correctly. map is the mean
+    average precision over the labels that are present in some image; auroc is the mean area under the ROC curve over
+    the labels that are present in some images and absent from others. macro_f1 is the mean F1 over all labels, and
+    micro_f1 the F1 over the predictions of all labels together. Undefined metrics are left out.
     """
     of_label = multi_label_class_metrics(labels, predictions)
     hits, decisions = np.count_nonzero(predictions & (labels == 1)), of_label.support.sum() + of_label.predicted.sum()

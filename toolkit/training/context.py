@@ -41,7 +41,7 @@ from toolkit.training.single_value_batches import check_single_value_batches
 from toolkit.training.task import Task, build_task, check_label_splits, check_labels
 
 SHOWN = 10
-"""Number of unreadable images in a message."""
+"""Maximum number of unreadable images listed in a message."""
 
 
 @dataclass
@@ -56,9 +56,9 @@ class TrainingContext:
     splits: dict[str, np.ndarray]
     """Indices into the data set of "train", "validation" and "test", int64."""
     preprocessing: Preprocessing
-    """Of evaluation and prediction; stored with the weights."""
+    """Preprocessing for evaluation and prediction, stored with the weights."""
     stages: list[Preprocessing]
-    """Of training, one for each of data.progressive_sizes; the model is built for the last one."""
+    """Preprocessing for training, one for each of data.progressive_sizes; the model is built for the last one."""
     built: ModelBundle
     transfer: Transfer
     stochastic: DropoutKeys
@@ -67,19 +67,19 @@ class TrainingContext:
     not_exact: list[str] = field(default_factory=list)
     """What makes results depend on the number of processes, or a resumed run differ: sentences for the summary."""
     drawn: str = ""
-    """Hash of the splits that the recipe gives; ``splits`` may differ from them in a resumed run whose data changed."""
+    """Hash of the splits that the recipe defines; ``splits`` may differ in a resumed run whose data have changed."""
 
     def preprocessing_of(self, split: str) -> Preprocessing:
-        """Return the preprocessing of a split; of "train", the last stage's."""
+        """Return the preprocessing of a split; for "train", that of the last stage."""
         return self.stages[-1] if split == "train" else self.preprocessing
 
     def labels(self, split: str) -> np.ndarray:
-        """Return the labels of a split's images: class indices, int64 [n], or for multi-label uint8 [n, K]."""
+        """Return the labels of a split's images: class indices, int64 [n], or multi-label, uint8 [n, K]."""
         labels: np.ndarray = self.dataset.labels[self.splits[split]]
         return labels
 
     def shards(self, split: str) -> np.ndarray | None:
-        """Return the shard of each image of a split, int64 [N], if data.shuffle_shards limits how many are in use."""
+        """Return the shard of each image of a split, int64 [N]; None unless data.shuffle_shards is set."""
         stored_in = getattr(getattr(self.dataset.images, "source", None), "stored_in", None)
         if stored_in is None or self.recipe.data.shuffle_shards is None:
             return None
@@ -87,7 +87,7 @@ class TrainingContext:
         return shards
 
     def shard_order(self, split: str) -> np.ndarray | None:
-        """Return the positions of a split in the order of their shards, int64 [N], if :meth:`shards` gives them."""
+        """Return the positions in a split, sorted by shard, int64 [N]; None unless :meth:`shards` returns them."""
         shards = self.shards(split)
         return None if shards is None else np.argsort(shards, kind="stable")
 
@@ -120,7 +120,7 @@ def build_context(
 ) -> TrainingContext:
     """Build everything (a collective). Raises UserError on all processes for problems that the user can fix.
 
-    ``choose_splits``: called with the data set and the splits that the recipe gives; returns the splits to use.
+    ``choose_splits``: called with the data set and the splits that the recipe defines; returns the splits to use.
     """
     train, world = recipe.train, accelerator.num_processes
     check_schedule(recipe.scheduler, train.epochs)
@@ -235,9 +235,10 @@ def _without_bad_images(
     splits: dict[str, np.ndarray],
     bad: list[tuple[int, str]],
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return the splits without unreadable images, and a list of those images with reasons.
+    """Return the splits without unreadable images, and a list of these images with reasons.
 
-    Raises UserError unless data.on_bad_image is "skip", or if there are more of them than data.max_bad_fraction allows.
+    If there are any, raises UserError unless data.on_bad_image is "skip", or if there are more of them than
+    data.max_bad_fraction allows.
     """
     if not bad:
         return splits, []

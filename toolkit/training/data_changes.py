@@ -1,7 +1,7 @@
 """Detect changes in a run's data since its checkpoint was written; keep images trained on out of evaluation.
 
-The names and classes of each split's images are compared, and the size and modification time of image files. If the
-modification time of every file differs, the data were copied: then sizes are compared, and the content of up to 32
+The names and classes of each split's images are compared, and the sizes and modification times of image files. If the
+modification times of all files differ, the data were copied: then sizes are compared, and the content of up to 32
 files. In such a copy, a file replaced by one of the same size is detected only if it is one of the 32. Images that are
 not files have a digest instead of a modification time.
 """
@@ -223,6 +223,6 @@ def _digests(images: EncodedSource, indices: IntArray) -> npt.NDArray[np.uint8]:
     """Return the SHA-256 of files, uint8 [k, 32]; zeros for a file that cannot be read."""
     digests = np.zeros((len(indices), 32), dtype=np.uint8)
     for row, i in enumerate(indices.tolist()):
-        with contextlib.suppress(Exception):  # a damaged archive can raise other errors than OSError
+        with contextlib.suppress(Exception):  # a damaged archive can raise errors other than OSError
             digests[row] = np.frombuffer(hashlib.sha256(read_bytes(images, i)).digest(), dtype=np.uint8)
     return digests

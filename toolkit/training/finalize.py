@@ -53,7 +53,7 @@ def write_summary(training: Trainer, summary: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _FinalModels:
-    """Metrics of the best and the last model, and what the best one predicts."""
+    """Metrics of the best and the last model, and the predictions of the best one."""
 
     best: dict[str, Any]
     last: dict[str, Any]

@@ -44,7 +44,7 @@ class ImageLoaders:
 
     setup: TrainingContext
     plans: dict[str, PreprocessingPlan]
-    """By split. With progressive sizes training has several: "train at 128 x 128", ..., and "train", the last one."""
+    """Plans by split; with progressive sizes one for each stage: "train at 128 x 128", ..., and "train", the last."""
     cached: SplitImages
 
     def training(self, plan: SamplingPlan) -> TrainLoader:
@@ -84,7 +84,7 @@ class ImageLoaders:
 
 
 def stage_name(setup: TrainingContext, stage: Preprocessing) -> str:
-    """Return the name of the training images of one stage; "train" for the last one's size."""
+    """Return the split name of a training stage, such as "train at 128 x 128"; "train" for the last stage."""
     if stage.image_size == setup.stages[-1].image_size:
         return "train"
     return f"train at {size_text(stage.image_size)}"

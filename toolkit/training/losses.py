@@ -14,8 +14,10 @@ from toolkit.plugins import PREFIX, find
 from toolkit.recipe.training_schema import TrainConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Logits [n, K] and targets to the loss of each example [n]. Targets: class indices, int64 [n], or probabilities of the
-classes, [n, K]; for multi-label, probabilities that each label is present."""
+"""Function of logits [n, K] and targets that returns the loss of each example, [n].
+
+Targets are class indices, int64 [n], or class probabilities, [n, K]; for multi-label, the probability of each label.
+"""
 
 
 def training_loss(
@@ -23,8 +25,8 @@ def training_loss(
 ) -> Loss:
     """Return the recipe's training loss, which is not a plugin.
 
-    ``class_weights``, float32 [K], weight each class's share of a target; for multi-label [2, K], the weights of absent
-    and of present labels. None weights all equally.
+    ``class_weights``: weight of each class's probability in a target, float32 [K]; for multi-label, the weights of
+    absent and of present labels, [2, K]. None: all weights are 1.
     """
     args = table.loss_args
     weigh = functools.partial(
@@ -131,15 +133,16 @@ def binary_loss(
     smooth_toward: float | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Return the mean over the classes of a focused binary cross-entropy of each class; see :data:`Loss`.
+    """Return the binary, focal or asymmetric loss of each example, averaged over the classes; see :data:`Loss`.
 
-    With the probability p of a class, the loss of a present one is -(1 - p)^gamma_positive log(p), and of an absent one
-    -q^gamma_negative log(1 - q), where q = max(p - clip, 0). With both gammas and clip 0 it is the binary
-    cross-entropy, with equal gammas the focal loss (Lin et al. 2017, arXiv:1708.02002), whose ``alpha`` weights present
-    classes and 1 - alpha absent ones; in general it is the asymmetric loss (Ridnik et al. 2021, arXiv:2009.14119).
+    For the probability p of a class, the loss is -(1 - p)^gamma_positive log(p) if the class is present, and
+    -q^gamma_negative log(1 - q) if it is absent, where q = max(p - clip, 0). If both gammas and ``clip`` are 0, this
+    is the binary cross-entropy; with equal gammas it is the focal loss (Lin et al. 2017, arXiv:1708.02002), in which
+    present classes have the weight ``alpha`` and absent classes 1 - alpha; in general it is the asymmetric loss (Ridnik
+    et al. 2021, arXiv:2009.14119).
 
-    ``smoothing`` moves targets toward ``smooth_toward``, by default 1 / K. ``weights``, [2, K]: of absent and of
-    present classes.
+    ``smoothing`` moves targets toward ``smooth_toward``, by default 1 / K. ``weights``: weights of absent and of
+    present classes, [2, K].
     """
     logits = logits.float()
     if targets.dim() == 1:

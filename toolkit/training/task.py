@@ -1,7 +1,7 @@
 """The two kinds of classification: everything in training and evaluation that differs between them.
 
-:class:`SingleLabel`: each image has exactly one class. :class:`MultiLabel`: an image has any number of labels, and each
-is decided by itself.
+:class:`SingleLabel`: each image has exactly one class. :class:`MultiLabel`: an image has any number of labels, which
+are predicted independently.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from toolkit.training.losses import Loss, training_loss
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Results on one split, in the split's order; the same on every process. A task interprets them."""
+    """Results on one split, in the split's order, equal on every process; the methods of a task interpret them."""
 
     outcomes: npt.NDArray[np.float32]
     """One row per example, as :meth:`SingleLabel.outcomes` returns them, [N, columns]."""
@@ -46,7 +46,7 @@ class EvalResult:
 
     @property
     def loss(self) -> float:
-        """Mean loss of the examples."""
+        """Mean loss over the examples."""
         return float(self.outcomes[:, 0].astype(np.float64).mean())
 
     @functools.cached_property
@@ -62,7 +62,7 @@ class SingleLabel:
     classes: int
     thresholds: None = None
     is_tuned: Literal[False] = False
-    """There are no thresholds: the most probable class is predicted."""
+    """Always false: there are no thresholds, because the most probable class is predicted."""
     kind: Literal["single_label"] = "single_label"
     reproduced: tuple[str, ...] = ("loss", "accuracy")
     """Metrics that the saved weights must reproduce up to rounding."""
@@ -77,17 +77,17 @@ class SingleLabel:
         return training_loss(recipe.train, recipe.augment.label_smoothing, class_weights)
 
     def balanced_weights(self, labels: npt.NDArray[Any]) -> Floats:
-        """Return weights of the classes, [K], proportional to inverse frequency and with mean 1 over the images."""
+        """Return class weights, [K], proportional to inverse class frequency, with mean 1 over the images."""
         counts = np.bincount(labels, minlength=self.classes)
         weights: Floats = len(labels) / (self.classes * counts)
         return weights
 
     def soft_targets(self, labels: Tensor) -> Tensor:
-        """Return the targets of labels as probabilities, [n, K]."""
+        """Convert labels to target probabilities, [n, K]."""
         return F.one_hot(labels, self.classes)
 
     def is_correct(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return which predictions are correct, bool [n]."""
+        """Return whether each prediction is correct, bool [n]."""
         return logits.argmax(1) == labels
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class SingleLabel:
         return torch.stack([losses, prediction.float(), probability, top5.float()], 1)
 
     def with_thresholds_of(self, result: EvalResult) -> SingleLabel:
-        """Return this task: the most probable class is the prediction, without thresholds."""
+        """Return this task unchanged, because it has no thresholds."""
         return self
 
     def predictions(self, result: EvalResult) -> npt.NDArray[np.int64]:
@@ -116,23 +116,23 @@ class SingleLabel:
         return {f"{prefix}{name}": value for name, value in {"loss": result.loss, **found}.items()}
 
     def class_metrics(self, result: EvalResult) -> tuple[ClassMetrics, dict[str, Floats]]:
-        """Return the metrics of each class, and other columns of class_metrics.csv."""
+        """Return the metrics of each class, and the additional columns of class_metrics.csv."""
         return single_label_class_metrics(result.labels, self.predictions(result), self.classes), {}
 
     def prediction_columns(self, classes: list[str]) -> Sequence[str]:
-        """Return the columns of predictions.csv."""
+        """Return the column names of predictions.csv."""
         return PREDICTION_COLUMNS
 
     def prediction_rows(
         self, result: EvalResult, names: Sequence[str], classes: list[str]
     ) -> Iterator[tuple[str, ...]]:
-        """Yield the rows of predictions.csv; ``names`` are those of the images."""
+        """Yield the rows of predictions.csv. ``names``: names of the images."""
         columns = zip(names, result.labels, self.predictions(result), result.outcomes[:, 2], strict=True)
         for name, label, prediction, probability in columns:
             yield name, classes[int(label)], classes[int(prediction)], f"{probability:.6g}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry of model.json."""
+        """Return the content of ``task`` in model.json."""
         return {"kind": self.kind}
 
 
@@ -142,12 +142,12 @@ class MultiLabel:
 
     classes: int
     thresholds: Floats = field(repr=False)
-    """Smallest probability with which a label is predicted, 0..1, [K]."""
+    """Minimum probability for a label to be predicted, 0..1, [K]."""
     is_tuned: bool = False
-    """Whether the thresholds are chosen on validation images."""
+    """Whether the thresholds are chosen on the validation images."""
     kind: Literal["multi_label"] = "multi_label"
     reproduced: tuple[str, ...] = ("loss",)
-    """Not the accuracy: rounding of a score may change the threshold and with it many predictions."""
+    """Without the accuracy, because rounding of a score may change a threshold and thereby many predictions."""
 
     @property
     def width(self) -> int:
@@ -159,18 +159,18 @@ class MultiLabel:
         return training_loss(recipe.train, recipe.augment.label_smoothing, class_weights, multi_label=True)
 
     def balanced_weights(self, labels: npt.NDArray[Any]) -> Floats:
-        """Return weights of absent and of present labels, [2, K]: n / (2 n_absent) and n / (2 n_present)."""
+        """Return the weights of absent and of present labels, [2, K]: n / (2 n_absent) and n / (2 n_present)."""
         present = labels.sum(0, dtype=np.int64)
         counts = np.stack([len(labels) - present, present])
         weights: Floats = len(labels) / (2 * np.maximum(counts, 1))
         return weights
 
     def soft_targets(self, labels: Tensor) -> Tensor:
-        """Return the targets of labels as probabilities, [n, K]."""
+        """Convert labels to target probabilities, [n, K]."""
         return labels
 
     def is_correct(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return for which examples all labels are predicted correctly, with thresholds of 0.5: bool [n]."""
+        """Return whether all labels of each example are predicted correctly with thresholds of 0.5, bool [n]."""
         return ((logits >= 0) == labels.bool()).all(1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -178,12 +178,12 @@ class MultiLabel:
         return logits.sigmoid()
 
     def outcomes(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss, the mean binary cross-entropy of the labels, and their probabilities: float32 [n, 1 + K]."""
+        """Return the mean binary cross-entropy of the labels, then their probabilities: float32 [n, 1 + K]."""
         losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(1)
         return torch.cat([losses[:, None], logits.sigmoid()], 1)
 
     def with_thresholds_of(self, result: EvalResult) -> MultiLabel:
-        """Return the task with thresholds chosen on a result of the validation images, unless they are fixed."""
+        """Return the task with thresholds chosen on a result for the validation images, unless they are fixed."""
         if not self.is_tuned:
             return self
         return replace(self, thresholds=np.array([curve.best_threshold for curve in result.curves]))
@@ -199,7 +199,7 @@ class MultiLabel:
         return {f"{prefix}{name}": value for name, value in {"loss": result.loss, **found}.items()}
 
     def class_metrics(self, result: EvalResult) -> tuple[ClassMetrics, dict[str, Floats]]:
-        """Return the metrics of each label, and other columns of class_metrics.csv; NaN for what is undefined."""
+        """Return the metrics of each label, and the additional columns of class_metrics.csv; NaN if undefined."""
         curves = result.curves
         precisions = [curve.average_precision if curve.positives else np.nan for curve in curves]
         areas = [curve.auroc if 0 < curve.positives < len(result.labels) else np.nan for curve in curves]
@@ -207,20 +207,20 @@ class MultiLabel:
         return multi_label_class_metrics(result.labels, self.predictions(result)), others
 
     def prediction_columns(self, classes: list[str]) -> Sequence[str]:
-        """Return the columns of predictions.csv."""
+        """Return the column names of predictions.csv."""
         return label_columns(classes)
 
     def prediction_rows(
         self, result: EvalResult, names: Sequence[str], classes: list[str]
     ) -> Iterator[tuple[str, ...]]:
-        """Yield the rows of predictions.csv: name of the image, labels, predictions, all probabilities."""
+        """Yield the rows of predictions.csv: image name, labels, predictions, and the probability of each label."""
         columns = zip(names, result.labels, self.predictions(result), result.outcomes[:, 1:], strict=True)
         for name, labels, found, scores in columns:
             texts = (LABEL_SEPARATOR.join(classes[k] for k in np.flatnonzero(mask)) for mask in (labels, found))
             yield (name, *texts, *(f"{score:.9g}" for score in scores))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry of model.json."""
+        """Return the content of ``task`` in model.json."""
         return {"kind": self.kind, "thresholds": self.thresholds.tolist()}
 
 
@@ -228,7 +228,7 @@ Task = SingleLabel | MultiLabel
 
 
 def build_task(table: TaskConfig, classes: int) -> Task:
-    """Return a recipe's task; thresholds that are chosen on validation images are 0.5 until then."""
+    """Return a recipe's task; thresholds to be chosen on the validation images are 0.5 until then."""
     if table.kind == "single_label":
         return SingleLabel(classes)
     is_tuned = table.threshold == "validation"
@@ -237,7 +237,7 @@ def build_task(table: TaskConfig, classes: int) -> Task:
 
 
 def task_from_dict(entry: dict[str, Any] | None, classes: int) -> Task:
-    """Return the task of a trained model from its entry in model.json; None: written before there were tasks.
+    """Return a trained model's task from its entry in model.json, which earlier versions did not write (None).
 
     Raises ValueError if the entry is damaged.
     """
@@ -250,24 +250,24 @@ def task_from_dict(entry: dict[str, Any] | None, classes: int) -> Task:
 
 
 def check_labels(dataset: Dataset, kind: str) -> None:
-    """Raise UserError if a data set's labels are not those of the kind of task."""
+    """Raise UserError if a data set's labels do not match the kind of task."""
     if dataset.is_multi_label == (kind == "multi_label"):
         if dataset.is_multi_label and (name := next((c for c in dataset.classes if LABEL_SEPARATOR in c), None)):
             raise UserError(f"the label {name!r} contains {LABEL_SEPARATOR!r}, which separates the labels in files")
         return
     if dataset.is_multi_label:
         raise UserError(
-            f"images of {dataset.name} have any number of labels, but task.kind is {kind!r}: set task.kind = "
-            '"multi_label", or give each image exactly one label'
+            f"images of {dataset.name} may have several labels, but task.kind is {kind!r}: set task.kind = "
+            '"multi_label", or use a data set with exactly one label per image'
         )
     raise UserError(
         f"images of {dataset.name} have exactly one class each, but task.kind is {kind!r}: set task.kind = "
-        '"single_label", or give a data set whose images have several labels'
+        '"single_label", or use a data set with several labels per image'
     )
 
 
 def check_label_splits(dataset: Dataset, splits: dict[str, npt.NDArray[np.int64]]) -> None:
-    """Raise UserError if the metrics of a multi-label split would be undefined: no label varies over its images."""
+    """Raise UserError if the metrics of a multi-label split would be undefined because no label varies in it."""
     for name, indices in splits.items():
         counts = dataset.labels[indices].sum(0, dtype=np.int64)
         if len(indices) and not ((counts > 0) & (counts < len(indices))).any():

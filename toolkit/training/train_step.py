@@ -216,7 +216,7 @@ class TrainStep:
             weights = settings.example_weights[batch.positions.to(accelerator.device, non_blocking=True)]
         if micro.partners is not None:
             soft = settings.task.soft_targets(labels).to(inputs.dtype)
-            if weights is not None:  # a mixed image has the weights of both, in the same shares
+            if weights is not None:  # mixed images: the weights are mixed in the same proportions
                 soft = torch.cat([soft, weights[:, None].to(soft.dtype)], 1)
             key = (settings.seed, epoch, micro.step)
             inputs, targets = mix(inputs, soft, micro.partners, micro.own, settings.augment, key)

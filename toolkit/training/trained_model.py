@@ -52,7 +52,7 @@ class _Preprocessing(Shape):
 
 
 class _TaskEntry(Shape):
-    """Schema of ``task`` in model.json, which versions without multi-label classification did not write."""
+    """Schema of ``task`` in model.json; versions without multi-label classification did not write it."""
 
     kind: Literal["single_label", "multi_label"]
     thresholds: list[Annotated[float, Field(ge=0, le=1)]] | None = None
@@ -81,14 +81,14 @@ class TrainedModel:
     """The recipe's own transforms of test images, in addition to the preprocessing ([augment] test)."""
     classes: list[str]
     task: Task
-    """Kind of classification; for multi-label with the threshold of each label."""
+    """Kind of classification; for multi-label it includes the thresholds."""
     table: ModelConfig
     recipe: str
     """Name of the recipe that the model was trained with."""
     weights: Path
     """Path of the weights file."""
     train_preprocessing: Preprocessing | None = None
-    """Preprocessing of training images; None: the same."""
+    """Preprocessing of training images; None: the same as ``preprocessing``."""
 
     @property
     def train_size(self) -> Size:

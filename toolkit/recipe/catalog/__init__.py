@@ -84,13 +84,13 @@ def excluded_transforms() -> dict[str, str]:
 
 
 def datasets() -> dict[str, dict[str, dict[str, Any]]]:
-    """Return torchvision's classification data sets by name; arguments are described as those of transforms."""
+    """Return torchvision's classification data sets by name, with their arguments in the same form as transforms'."""
     known: dict[str, dict[str, dict[str, Any]]] = catalog()["datasets"]
     return known
 
 
 def excluded_datasets() -> dict[str, str]:
-    """Return the data sets of torchvision that a recipe cannot use, and why."""
+    """Return the data sets of torchvision that a recipe cannot use, with the reason for each."""
     reasons: dict[str, str] = catalog()["excluded_datasets"]
     return reasons
 
