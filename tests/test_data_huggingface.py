@@ -261,7 +261,7 @@ def test_a_folder_that_the_library_cannot_read_is_named(tmp_path: Path) -> None:
 
 def test_without_the_library_the_message_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
+    with pytest.raises(UserError, match=r"pip install .*\[huggingface\]"):
         open_(tmp_path)
 
 

@@ -335,6 +335,6 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         return original(name, *arguments, **named)
 
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
-    assert "needs pyarrow: install it with `pip install pyarrow`, or the toolkit's extra `parquet`" in error_of(
+    assert "needs pyarrow, which is not installed: pip install 'image-classification-toolkit[parquet]'" in error_of(
         tmp_path / "i.parquet"
     )

@@ -202,7 +202,7 @@ def test_lists_with_different_classes_are_an_error(tmp_path: Path, monkeypatch: 
 
 def test_pcam_without_h5py_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("toolkit.data.torchvision_sets.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install h5py"):
+    with pytest.raises(UserError, match=r"needs h5py.*pip install .*\[pcam\]"):
         open_("PCAM", tmp_path)
 
 

@@ -234,4 +234,6 @@ def test_a_user_s_mistake_gives_one_message(run: Run, copy: Run, monkeypatch: py
     assert "misclassified none of its test images: give images to explain" in message(copy.path)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "captum" else find(name))
-    assert "needs captum, which is not installed: pip install captum" in message(run.path)
+    assert "needs captum, which is not installed: pip install 'image-classification-toolkit[explain]'" in message(
+        run.path
+    )

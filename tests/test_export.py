@@ -313,7 +313,8 @@ def test_missing_packages_are_named_with_the_command_to_install_them(
     outcome = toolkit("export", runs("convnet").path, "--format", "onnx", "-o", tmp_path / "out")
     assert outcome.status == 2
     assert outcome.stderr == (
-        "--format onnx needs onnxscript, onnxruntime, which are not installed: pip install onnxscript onnxruntime\n"
+        "--format onnx needs onnxscript and onnxruntime, which are not installed: "
+        "pip install 'image-classification-toolkit[export]'\n"
     )
 
 

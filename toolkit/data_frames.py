@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolkit.errors import UserError
+from toolkit.errors import missing_package
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -20,7 +20,5 @@ def data_frame(records: Sequence[Mapping[str, Any]], index: str) -> DataFrame:
     try:
         import pandas
     except ImportError:
-        raise UserError(
-            "data frames need pandas, which is not installed: pip install 'image-classification-toolkit[pandas]'"
-        ) from None
+        raise missing_package("a data frame", "pandas", "pandas") from None
     return pandas.DataFrame(list(records), columns=None if records else [index]).set_index(index)

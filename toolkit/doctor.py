@@ -118,7 +118,7 @@ def decoder() -> Check:
     try:
         return Check("JPEG files", "ok", f"decoded by simplejpeg {metadata.version('simplejpeg')}")
     except metadata.PackageNotFoundError:
-        faster = "pip install simplejpeg: the same pixels in two thirds of the time"
+        faster = "the extra fast (pip install simplejpeg): the same pixels in two thirds of the time"
         return Check("JPEG files", "ok", "decoded by Pillow", faster)
 
 

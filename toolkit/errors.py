@@ -15,6 +15,17 @@ class UserError(Exception):
     exit_status = EXIT_BAD_INPUT
 
 
+def missing_package(what: str, packages: str, extra: str) -> UserError:
+    """Return the error that ``what`` needs optional packages ("a", or "a and b"), with the command to install them.
+
+    They are in ``extra`` of this project's optional dependencies. The command is right for a wheel and for a checkout.
+    """
+    verb = "are" if " and " in packages else "is"
+    return UserError(
+        f"{what} needs {packages}, which {verb} not installed: pip install 'image-classification-toolkit[{extra}]'"
+    )
+
+
 class RunFailed(Exception):
     """Training cannot continue (non-finite loss, bad image, ...): shown as one message, exit status 1."""
 

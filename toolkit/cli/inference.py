@@ -256,7 +256,7 @@ def explain(
     """Explain predictions with Grad-CAM heat maps.
 
     Draws one figure per image: the image as the model receives it, a heat map of the evidence for the prediction, and
-    one for the label if that is another class. Needs captum: pip install captum.
+    one for the label if that is another class. Needs the extra explain.
 
     Example: toolkit explain runs/quickstart/20260102-030405-abcd --worst 16
     """

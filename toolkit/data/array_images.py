@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from toolkit.data.orientation import TURNS, orientation_of
-from toolkit.errors import UserError
+from toolkit.errors import missing_package
 from toolkit.formatting import plural
 
 Values = npt.NDArray[Any]
@@ -132,10 +132,8 @@ def _read_tiff(data: bytes, page: Page) -> tuple[Values, int]:
     try:
         import tifffile
     except ImportError:
-        raise UserError(
-            "reading this TIFF file (because of its number of channels, its bits per sample or data.page) needs "
-            "tifffile, which is not installed: pip install 'image-classification-toolkit[tiff]'"
-        ) from None
+        what = "reading this TIFF file (because of its number of channels, its bits per sample or data.page)"
+        raise missing_package(what, "tifffile", "tiff") from None
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             chosen: Any = file.pages[0] if page == "channels" else file.pages[existing_page(page, len(file.pages))]
@@ -145,10 +143,7 @@ def _read_tiff(data: bytes, page: Page) -> tuple[Values, int]:
     except (ValueError, KeyError) as error:
         if "imagecodecs" not in str(error):
             raise
-        raise UserError(
-            "reading TIFF files with this compression needs imagecodecs, which is not installed: "
-            "pip install 'image-classification-toolkit[tiff]'"
-        ) from error
+        raise missing_package("reading TIFF files with this compression", "imagecodecs", "tiff") from error
     order = [axes.index("Y"), axes.index("X")]
     others = [axis for axis in range(values.ndim) if axis not in order]
     whole = values.transpose(*order, *others)

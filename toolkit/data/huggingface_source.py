@@ -22,7 +22,7 @@ from toolkit.data.encoded_sources import EncodedSource, ImageFiles
 from toolkit.data.folder_layout import split_of
 from toolkit.data.table_columns import read_examples
 from toolkit.data.table_files import RowValues, Table
-from toolkit.errors import UserError
+from toolkit.errors import UserError, missing_package
 from toolkit.filenames import encode_name
 from toolkit.recipe.schema import DataConfig
 
@@ -115,10 +115,7 @@ def _load(name: str, config: DataConfig) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(
-            'dataset = "huggingface" needs the library `datasets`: install it with `pip install datasets`, or this '
-            "toolkit's extra `huggingface`"
-        ) from None
+        raise missing_package('dataset = "huggingface"', "the library `datasets`", "huggingface") from None
 
     datasets.disable_progress_bars()
     folder = Path(name)

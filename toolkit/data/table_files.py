@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from toolkit.errors import UserError, first_line
+from toolkit.errors import UserError, first_line, missing_package
 from toolkit.formatting import plural
 
 FORMATS = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".ndjson": "JSON lines", ".parquet": "Parquet"}
@@ -146,9 +146,7 @@ def require_pyarrow(path: Path | str) -> tuple[Any, Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(
-            f"{path} needs pyarrow: install it with `pip install pyarrow`, or the toolkit's extra `parquet`"
-        ) from None
+        raise missing_package(str(path), "pyarrow", "parquet") from None
     return pyarrow, parquet
 
 

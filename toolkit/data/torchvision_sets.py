@@ -23,7 +23,7 @@ from toolkit.data.datasets import Dataset, encoded_images
 from toolkit.data.encoded_sources import ImageFiles
 from toolkit.data.image_sources import ImageSource, InMemoryImages, Pixels
 from toolkit.data.torchvision_info import TORCHVISION_SETS
-from toolkit.errors import UserError, first_line
+from toolkit.errors import UserError, first_line, missing_package
 from toolkit.filenames import encode_name
 from toolkit.locks import held, is_held
 from toolkit.recipe.schema import DataConfig
@@ -165,7 +165,7 @@ def _fetch(name: str, table: DataConfig) -> dict[str, Any]:
         return found
 
     if name == "PCAM" and find_spec("h5py") is None:
-        raise UserError("PCAM needs h5py: install it with `pip install h5py`, or the toolkit's extra `pcam`")
+        raise missing_package('data.name = "PCAM"', "h5py", "pcam")
     advice = f"put it there as described for {name} in torchvision.datasets, or set data.root to the folder that has it"
     if is_held(lock):  # another process is downloading or unpacking the data, which are incomplete until it is done
         with held(lock):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from toolkit.data.image_sources import Pixels, UnreadableImageError
 from toolkit.data.preprocessing import image_area
-from toolkit.errors import UserError, first_line
+from toolkit.errors import UserError, first_line, missing_package
 from toolkit.inference.evaluate import split_images
 from toolkit.reading import UnreadableFile
 from toolkit.recipe.image_size import Size
@@ -110,7 +110,7 @@ class CamLayer:
 def require_captum() -> None:
     """Raise UserError if captum is not installed."""
     if importlib.util.find_spec("captum") is None:
-        raise UserError("toolkit explain needs captum, which is not installed: pip install captum")
+        raise missing_package("toolkit explain", "captum", "explain")
 
 
 # -- images -----------------------------------------------------------------------------------------------------------

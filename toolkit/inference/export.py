@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.errors import RunFailed, UserError, first_line
+from toolkit.errors import RunFailed, UserError, first_line, missing_package
 from toolkit.inference.evaluate import load_last_model, split_images
 from toolkit.inference.timm_config import fits_timm, timm_config, transform_note
 from toolkit.models.pretrained import is_file_reference, pack_state
@@ -140,10 +140,7 @@ def _format(name: str) -> ExportFormat:
     chosen = FORMATS[name]
     missing = [package for package in chosen.packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(
-            f"--format {name} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install {' '.join(missing)}"
-        )
+        raise missing_package(f"--format {name}", " and ".join(missing), "export")
     return chosen
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import RunFailed, UserError, first_line
+from toolkit.errors import RunFailed, UserError, first_line, missing_package
 from toolkit.metrics import curves_of, metric_of
 from toolkit.reading import read_json
 from toolkit.report.plot_style import CYCLE
@@ -69,7 +69,7 @@ def _library() -> Any:
     try:
         import wandb_workspaces.reports.v2 as reports
     except ImportError:
-        raise UserError("--wandb needs W&B's library for reports: pip install wandb-workspaces") from None
+        raise missing_package("--wandb", "wandb-workspaces", "wandb-report") from None
     return reports
 
 
