@@ -135,7 +135,7 @@ def test_class_weights_that_do_not_fit_the_classes_are_refused() -> None:
     labels = np.array([0, 1, 2, 0])
     with pytest.raises(UserError, match=r"train.class_weights has 2 values, but there are 3 classes"):
         class_weights(setup(labels, [1.0, 2.0]))
-    with pytest.raises(UserError, match=r"names 'klass 1', which is not a class of the data set.*class 1"):
+    with pytest.raises(UserError, match=r"contains 'klass 1', which is not a class of the data set.*class 1"):
         class_weights(setup(labels, {"klass 1": 2.0}))
 
 

@@ -1,7 +1,7 @@
-"""Code of the user's own that a recipe names: models, data sets, transforms, losses, metrics, optimizers, schedules.
+"""User-defined models, data sets, transforms, losses, metrics, optimizers and schedules that recipes select by name.
 
-A plugin is a factory: a function or class that is called with the arguments in the recipe, and with those values of
-:data:`PROVIDED` for its kind that its signature names. A recipe cannot load code; the caller can, in three ways:
+A plugin is a factory: a function or class that is called with the arguments in the recipe, and with the values in
+:data:`PROVIDED` for its kind that its signature accepts. A recipe cannot load code; the caller can, in three ways:
 
 - an installed package has an entry point in the group ``toolkit.models``, ``toolkit.datasets``, ...;
 - ``--plugin MODULE`` (or the environment variable TOOLKIT_PLUGINS) names modules that call :func:`register`;
@@ -39,10 +39,10 @@ KeyPath = tuple[str | int, ...]
 VARIABLE = "TOOLKIT_PLUGINS"
 """Environment variable with the modules to load, separated by commas: importable names, or paths of Python files.
 
-It passes them on to the processes of launchers, studies and SLURM jobs."""
+Processes of launchers, studies and SLURM jobs inherit it."""
 
 PREFIX = "plugin:"
-"""Beginning of a plugin's name in recipe keys that also take built-in names."""
+"""Prefix of a plugin's name in recipe keys that also accept built-in names."""
 
 PROVIDED: dict[str, tuple[str, ...]] = {
     "model": ("num_classes", "channels", "image_size"),
@@ -53,12 +53,12 @@ PROVIDED: dict[str, tuple[str, ...]] = {
     "optimizer": ("params", "lr", "weight_decay", "momentum"),
     "schedule": ("epochs", "warmup_epochs"),
 }
-"""Arguments that the toolkit passes to factories of each kind if their signature names them; a recipe cannot."""
+"""Arguments that only the toolkit, not a recipe, passes to factories, by kind, if their signature has them."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A factory that recipes can name."""
+    """A factory that recipes can select by name."""
 
     kind: str
     """Key of :data:`PROVIDED`."""
@@ -76,21 +76,21 @@ class Plugin:
 
     @property
     def arguments(self) -> dict[str, dict[str, Any]]:
-        """The arguments that a recipe can give, described as in :mod:`toolkit.recipe.catalog`."""
+        """The arguments that a recipe can set, described as in :mod:`toolkit.recipe.catalog`."""
         named = (p for p in self._parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
         return {p.name: describe_argument(p) for p in named if p.name not in PROVIDED[self.kind]}
 
     @property
     def takes_any(self) -> bool:
-        """Whether the factory takes arguments that its signature does not name."""
+        """Whether the factory accepts any keyword argument (``**kwargs``)."""
         return any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
 
     def takes(self, name: str) -> bool:
-        """Return whether the factory's signature names this argument."""
+        """Return whether the factory's signature has this argument."""
         return name in self._parameters
 
     def build(self, arguments: dict[str, Any], **provided: Any) -> Any:
-        """Call the factory with the recipe's arguments and with those of ``provided`` that its signature names.
+        """Call the factory with the recipe's arguments and with those of ``provided`` that its signature has.
 
         Raises UserError if the factory raises an error.
         """
@@ -99,7 +99,7 @@ class Plugin:
             return self.factory(**arguments, **taken)
         except UserError:
             raise
-        except Exception as error:  # the user's own code may raise anything
+        except Exception as error:  # user code may raise any exception
             raise UserError(
                 f"the {self.kind} {self.name!r} failed: {type(error).__name__}: {first_line(error)}"
             ) from error
@@ -116,7 +116,7 @@ class Plugin:
 
     @cached_property
     def record(self) -> dict[str, str | None]:
-        """What identifies the plugin, for the run directory: names, version, and hash of the file when first read."""
+        """Identity of the plugin, for the run directory: names, version, and hash of the file when first read."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -132,7 +132,7 @@ _loaded: set[str] = set()
 
 
 def register(kind: str, name: str | None = None) -> Callable[[F], F]:
-    """Decorate a factory, so that recipes can name it: ``@register("model")``, by default under its own name.
+    """Decorate a factory to register it as a plugin: ``@register("model")``, by default under its own name.
 
     ``kind``: model, dataset, transform, loss, metric, optimizer or schedule. Raises UserError if another factory has
     the name.
@@ -148,7 +148,7 @@ def register(kind: str, name: str | None = None) -> Callable[[F], F]:
 
 
 def add(plugin: Plugin) -> None:
-    """Add a plugin. Raises UserError if its name is already that of another factory, unless it is reloaded."""
+    """Add a plugin. Raises UserError if another factory already has its name, unless it is the same one, reloaded."""
     known = _registered.get((plugin.kind, plugin.name))
     if known is not None and known.file != plugin.file:
         raise UserError(
@@ -169,7 +169,7 @@ def use_modules(modules: list[str]) -> None:
 
 
 def find(kind: str, name: str) -> Plugin:
-    """Return a plugin. Raises UserError if there is none of this name."""
+    """Return a plugin. Raises UserError if there is none with this name."""
     _load_listed()
     if (kind, name) not in _registered:
         entry = _entries(kind).get(name)
@@ -180,7 +180,7 @@ def find(kind: str, name: str) -> Plugin:
 
 
 def is_loaded(kind: str, name: str) -> bool:
-    """Return whether there is a plugin of this name."""
+    """Return whether there is a plugin with this name."""
     return name in names(kind)
 
 
@@ -203,19 +203,19 @@ def names(kind: str) -> list[str]:
 
 
 class NamedPlugin(NamedTuple):
-    """A plugin that a recipe names."""
+    """A plugin that is used in a recipe."""
 
     kind: str
     name: str
     key: KeyPath
-    """Recipe key that names it."""
+    """Recipe key that selects it."""
     arguments: dict[str, Any]
     arguments_key: KeyPath
-    """Recipe key of the table that holds the arguments."""
+    """Recipe key of the table with its arguments."""
 
 
 def named_plugins(recipe: Recipe) -> Iterator[NamedPlugin]:
-    """Yield the plugins that a recipe names."""
+    """Yield the plugins that are used in a recipe."""
     model, optimizer, schedule, train = recipe.model, recipe.optimizer, recipe.scheduler, recipe.train
     if model.source == "plugin":
         yield NamedPlugin("model", model.name, ("model", "name"), model.args, ("model", "args"))
@@ -230,13 +230,13 @@ def named_plugins(recipe: Recipe) -> Iterator[NamedPlugin]:
 
 
 def records(recipe: Recipe, kinds: Collection[str] = tuple(PROVIDED)) -> list[dict[str, str | None]]:
-    """Return what identifies the plugins of these kinds that a recipe names, each once; see :attr:`Plugin.record`."""
+    """Return the identity of each plugin of these kinds that a recipe uses, each once; see :attr:`Plugin.record`."""
     used = dict.fromkeys((use.kind, use.name) for use in named_plugins(recipe) if use.kind in kinds)
     return [find(kind, name).record for kind, name in used]
 
 
 def _entries(kind: str) -> dict[str, EntryPoint]:
-    """Return the entry points of installed packages by name."""
+    """Return the entry points of installed packages for a kind of plugin, by name."""
     return {entry.name: entry for entry in entry_points(group=f"toolkit.{kind}s")}
 
 
@@ -257,7 +257,7 @@ def _load_listed() -> None:
 
 
 def _import(module: str) -> None:
-    """Import a module by its name or path. Its folder, or the current one, is put at the end of the search path."""
+    """Import a module by its name or path. Its folder, or the current one, is appended to ``sys.path``."""
     folder, name = os.getcwd(), module
     if module.endswith(".py"):
         if not os.path.isfile(module):
@@ -267,7 +267,7 @@ def _import(module: str) -> None:
         sys.path.append(folder)
     try:
         imported = importlib.import_module(name)
-    except Exception as error:  # the user's own code may raise anything
+    except Exception as error:  # user code may raise any exception
         raise UserError(
             f"the plugin module {module} cannot be imported: {type(error).__name__}: {first_line(error)}"
         ) from error
@@ -279,7 +279,7 @@ def _import(module: str) -> None:
 def _load_entry(entry: EntryPoint) -> Callable[..., Any]:
     try:
         factory: Callable[..., Any] = entry.load()
-    except Exception as error:  # the package's own code may raise anything
+    except Exception as error:  # the package's code may raise any exception
         raise UserError(
             f"the plugin {entry.name!r}, {entry.value}, cannot be imported: {type(error).__name__}: {first_line(error)}"
         ) from error

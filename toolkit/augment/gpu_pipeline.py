@@ -110,7 +110,7 @@ def _random_erasing(step: Step, value: tuple[float, ...]) -> RandomErasing:
 
 
 def _values(value: Any) -> tuple[float, ...]:
-    """Return one number, or several in a list, as a tuple."""
+    """Convert a number or a list of numbers to a tuple."""
     return tuple(float(each) for each in value) if isinstance(value, list | tuple) else (float(value),)
 
 

@@ -32,7 +32,7 @@ EntryBuilder = Callable[[CacheEntryWriter], Work]
 """Function that writes an entry and publishes it."""
 
 TURN_S = 0.5
-"""Seconds between checks of all processes whether to stop."""
+"""Seconds between the checks by which all processes agree whether to stop."""
 POLL_S = 0.2
 
 

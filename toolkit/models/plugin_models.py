@@ -1,4 +1,4 @@
-"""Models of the user's own, by the name of their plugin."""
+"""User-defined models, by the name of their plugin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def construct(
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Build the randomly initialized model with ``num_classes`` outputs; also return the names of its last layers.
 
-    Raises UserError if the factory fails or does not return a module, or if it has no last layer that can be found.
+    Raises UserError if the factory fails or does not return a module, or if the last layer cannot be found.
     """
     module = find("model", table.name).build(
         table.args, num_classes=num_classes, channels=channels, image_size=as_value(image_size)
@@ -30,14 +30,14 @@ def construct(
 
 
 def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: Size) -> StateDict:
-    """Return a file's weights as they are: their names must be those of ``module``."""
+    """Return a file's weights unchanged: their names must be those of ``module``."""
     return state
 
 
 def _last_layers(name: str, module: nn.Module, num_classes: int, channels: int, image_size: Size) -> tuple[str, ...]:
-    """Return the names of what ``get_classifier()`` returns, as in timm; without it, of the last layer that is used.
+    """Return the names of the layers that ``get_classifier()`` returns, as in timm; without it, of the last layer.
 
-    That is the last module to be used first whose weight has ``num_classes`` rows.
+    This is the module with a weight of ``num_classes`` rows whose first use in the forward pass is the latest.
     """
     get_classifier: Any = getattr(module, "get_classifier", None)
     if get_classifier is not None:

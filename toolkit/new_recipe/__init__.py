@@ -1,4 +1,5 @@
-"""A recipe for data: look at a sample of them and at the machine, choose by rules, write TOML with a reason per choice.
+"""Writing a recipe for a data set: inspect a sample of the images and the machine, choose settings by rules, and write
+TOML with the reason for each choice.
 
 Imports torch only on a machine with a GPU, or for a data set of torchvision.
 """

@@ -1,4 +1,4 @@
-"""The rules for splits, input, augmentation and the kind of task; as those of :mod:`toolkit.new_recipe.rules`."""
+"""The rules for splits, input, augmentation and the kind of task, in the form of :mod:`toolkit.new_recipe.rules`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FLIP_NOTE = "remove the flip if left and right differ in meaning, as in text"
 
 
 def _held_out(s: Situation, share: float) -> int:
-    """Return the number of validation images that this share of the training images would be, after a test split."""
+    """Return the number of validation images if ``share`` of the images remaining after the test split are held out."""
     return int(share * (1.0 if "test" in s.facts.images else 0.8) * s.facts.images["train"])
 
 
 def _drawn(validation: float) -> Callable[[Situation], dict[str, Any]]:
-    """Return what draws validation images, and test images if there is no official list of them."""
+    """Return a function for the keys that draw validation images, and test images if there is no official test list."""
 
     def split(s: Situation) -> dict[str, Any]:
         test = {} if "test" in s.facts.images else {"test": 0.2}

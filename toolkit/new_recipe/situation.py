@@ -1,4 +1,4 @@
-"""What the rules of :mod:`toolkit.new_recipe.rules` look at, and the numbers that they compute from it."""
+"""The input of the rules in :mod:`toolkit.new_recipe.rules`, and the numbers that they compute from it."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ KORNBLITH = "Kornblith et al. 2019, arXiv:1805.08974"
 """Fixed features against fine-tuning, by the number of images."""
 
 SMALL = 64
-"""Images with a median shorter side of at most this many pixels are small."""
+"""Maximum median length of the shorter side, in pixels, for images to count as small."""
 TINY = 16
-"""Images of at most this size hold nothing that a pretrained network's 224 pixels would show."""
+"""The same for images so small that a pretrained network's input of 224 pixels would not show more detail."""
 FEW, MANY = 20, 100
-"""Images of a class: below the first there are few, from the second on many."""
+"""Number of images per class: fewer than the first are few, at least the second are many."""
 UNEQUAL, VERY_UNEQUAL = 3, 10
-"""Largest class divided by the smallest one."""
+"""Thresholds for the size of the largest class divided by that of the smallest class."""
 LONG = 1.5
-"""Aspect ratio from which a center crop would cut off more than a third of the image."""
+"""Minimum aspect ratio at which a center crop cuts off more than a third of the image."""
 
 
 @dataclass(frozen=True)
 class Situation:
-    """Everything that rules look at; it grows with the choices made."""
+    """Everything that the rules depend on; later rules also see the choices of earlier ones."""
 
     facts: DataFacts
     machine: Machine
     goal: Goal
     processes: int
     images: dict[str, int]
-    """Images of each split, as chosen; the official lists while the split is chosen."""
+    """Number of images in each split; while the split is being chosen, in each official list."""
     approach: Approach = "probe"
     model: tuple[str, str] = ("", "")
     """Architecture and weights of a pretrained network."""
@@ -48,7 +48,7 @@ class Situation:
 
     @property
     def n(self) -> int:
-        """Training images."""
+        """Number of training images."""
         return self.images["train"]
 
     @property
@@ -57,7 +57,7 @@ class Situation:
 
     @property
     def counted(self) -> str:
-        """The numbers of images, for reasons."""
+        """The number of images, as text for reasons."""
         facts = self.facts
         what = "label" if facts.is_multi_label else "class"
         return f"{sum(facts.images.values()):,} images, {facts.smallest:,} of the smallest {what}"
@@ -71,7 +71,7 @@ class Situation:
 
 
 class Rule(NamedTuple):
-    """A row: the first of its topic whose ``when`` holds is taken."""
+    """A row of the rules: for each topic, the first rule whose ``when`` is true applies."""
 
     when: Callable[[Situation], bool]
     sets: Callable[[Situation], dict[str, Any]]
@@ -81,7 +81,7 @@ class Rule(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a rule set."""
+    """The keys that a rule has set, with the reason and the source."""
 
     topic: str
     keys: dict[str, Any]
@@ -90,12 +90,12 @@ class Choice(NamedTuple):
 
 
 def always(s: Situation) -> bool:
-    """Hold in every situation: the condition of a topic's last row."""
+    """Return true in every situation: the condition of a topic's last rule."""
     return True
 
 
 def conv_blocks(s: Situation) -> list[dict[str, Any]]:
-    """Return blocks that halve the image until it has 2 to 4 pixels; the number of channels doubles, up to 256."""
+    """Return blocks that halve the image until its side is 2 to 4 pixels; the channels double, up to 256."""
     size = s.facts.side if s.facts.common_size is None else min(s.facts.common_size)
     pools = within(math.ceil(math.log2(max(size, 8) / 4)) if size > 8 else 2, 2, 4)
     width = 16 if s.goal == "small" else 32
@@ -106,19 +106,19 @@ def conv_blocks(s: Situation) -> list[dict[str, Any]]:
 
 
 def batch_size(s: Situation, most: int) -> int:
-    """Return a power of two, 8 to ``most``, that gives 20 steps in an epoch; then a multiple of the processes."""
+    """Return a power of two, 8 to ``most``, that gives 20 steps per epoch, as a multiple of the number of processes."""
     wanted = 2 ** int(math.log2(max(s.n / 20, 8)))
     size = min(wanted, most, 2 ** int(math.log2(max(s.n, 1))))
     return int(max(1, round(size / s.processes)) * s.processes)
 
 
 def scaled_lr(lr: float, batch: int, s: Situation) -> float:
-    """Return a learning rate that was found for another batch size, with two digits."""
+    """Scale a learning rate for batches of ``batch`` images to the chosen batch size; round it to two digits."""
     return float(f"{lr * math.sqrt(s.batch / batch):.2g}")
 
 
 def within(value: int, low: int, high: int) -> int:
-    """Return the value, or the bound that it is beyond."""
+    """Limit ``value`` to the range from ``low`` to ``high``."""
     return min(max(value, low), high)
 
 

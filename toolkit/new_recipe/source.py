@@ -1,4 +1,4 @@
-"""What the argument of `toolkit new` refers to: a folder, an archive, a table, shards, or the name of a data set."""
+"""Recognizing the argument of `toolkit new`: a folder, an archive, a table, shards, or the name of a data set."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from toolkit.similar_names import did_you_mean
 ARCHIVES = (".zip", ".tar")
 CALTECH_FOLDER = "101_ObjectCategories"
 NEEDS_FILES = ("table", "imagefolder", "shards", "torchvision", "huggingface")
-"""Values of data.dataset that do not name a data set by themselves."""
+"""Values of data.dataset that need another key to select the data set."""
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """The keys of [data] that read some data."""
+    """The keys of [data] that select a data set."""
 
     name: str
     """Name for the recipe."""
     keys: dict[str, Any]
     why: str
-    """How it was recognized, as a comment for the recipe."""
+    """Comment for the recipe that states how the data set was recognized."""
     more: dict[str, str] = field(default_factory=dict)
-    """Comments for single keys, such as ``columns``."""
+    """Comments by key, such as ``columns``."""
 
 
 def is_data(argument: str) -> bool:
-    """Return whether the argument of `toolkit train` is data, not a recipe: a path to them, or a data set's name."""
+    """Return whether the argument of `toolkit train` is a path to data or the name of a data set, not a recipe."""
     suffix = os.path.splitext(argument)[1].lower()
     if suffix == ".toml":
         return False
@@ -48,7 +48,7 @@ def is_data(argument: str) -> bool:
 
 
 def find_source(argument: str) -> DataSource:
-    """Return how to read what the argument refers to; an existing path has precedence over a name. Raises UserError."""
+    """Return the data source for the argument; an existing path takes precedence over a name. Raises UserError."""
     path = Path(argument)
     if "://" in argument:
         return DataSource(_name(argument), {"dataset": "shards", "root": argument}, f"the shards at {argument}")
@@ -137,6 +137,6 @@ def _named(argument: str) -> DataSource:
 
 
 def _name(text: str) -> str:
-    """Return a valid recipe name made of a path's or data set's name."""
+    """Return a valid recipe name made from a path or the name of a data set."""
     name = re.sub(r"[^\w+=,@-]+", "-", text.replace("://", "-")).strip("-_+=,@")
     return name[:NAME_LENGTH].rstrip("-_+=,@") or "images"

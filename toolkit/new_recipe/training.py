@@ -1,4 +1,4 @@
-"""The recipe of `toolkit train DATA`: written by the main process, and used by all."""
+"""The recipe of `toolkit train DATA`, which the main process writes and all processes use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toolkit.runs import runs_of
 
 
 class WrittenRecipe(NamedTuple):
-    """A recipe as text."""
+    """A recipe, as TOML text."""
 
     name: str
     text: str
@@ -24,8 +24,8 @@ def recipe_for_training(
 ) -> WrittenRecipe:
     """Return the recipe for data, the same on all processes that the launcher started (a collective).
 
-    ``resume``: return that of the newest unfinished run of these data, if there is one, since what can be chosen here
-    may have changed. Raises UserError, on all processes, for data that cannot be trained on.
+    ``resume``: return the recipe of the newest unfinished run on these data, if there is one, because the choices might
+    be different now. Raises UserError, on all processes, if the data cannot be trained on.
     """
     info = read_process_info()
     world = 1 if info is None else info.world
@@ -47,7 +47,7 @@ def _written(argument: str, processes: int, resume: bool, run_root: str, log: Ca
 def _shared(info: ProcessInfo, write: Callable[[], WrittenRecipe]) -> WrittenRecipe:
     """Return what ``write`` returns on the main process, or raise its UserError, on all processes (a collective).
 
-    They join for this alone, over gloo, and leave: training joins with the backend and precision of the recipe.
+    The process group, over gloo, is used only for this: training creates its own with the backend of the recipe.
     """
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Write a recipe from choices, as TOML with a comment line above each choice."""
+"""Writing the choices as a recipe, in TOML with a comment line above each choice."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from toolkit.recipe.toml_writer import toml_key, toml_value
 
 TABLES = ("task", "data", "augment", "model", "model.convnet", "transfer", "optimizer", "scheduler", "train",
           "early_stopping")  # fmt: skip
-"""In the order of the file."""
+"""Topics in the order of the file."""
 
 GPU_SHARE = 0.8
-"""Share of a GPU's memory that a step may use; the rest is for libraries and fragmentation."""
+"""Fraction of a GPU's memory that a step may use; the rest is for libraries and fragmentation."""
 
 
 @dataclass(frozen=True)
 class NewRecipe:
-    """A recipe and why it is as it is."""
+    """A recipe with the reasons for its settings."""
 
     name: str
     text: str
-    """The file's content."""
+    """Content of the file."""
     choices: list[Choice]
     facts: DataFacts
     processes: int
@@ -56,10 +56,10 @@ def new_recipe(
     log: Callable[[str], None] = lambda line: None,
     machine: Machine | None = None,
 ) -> NewRecipe:
-    """Write a recipe for data: a folder, archive or table, shards, or a data set's name (:mod:`.source`).
+    """Write a recipe for data: a folder, archive, table, shards, or the name of a data set (:mod:`.source`).
 
-    ``processes``: training processes, by default one for each GPU. ``machine``: by default this one. ``log`` gets
-    what was seen. Raises UserError for data that cannot be found, read or trained on.
+    ``processes``: number of training processes, by default one per GPU. ``machine``: by default this one. ``log`` is
+    called with messages about the data. Raises UserError if the data cannot be found, read or trained on.
     """
     machine = machine or this_machine()
     count = processes or max(1, machine.gpus)
@@ -96,7 +96,7 @@ def _seen(facts: DataFacts) -> str:
 
 
 def _data(facts: DataFacts) -> list[Choice]:
-    """Return the choices of the keys that read the data."""
+    """Return the choices for the keys that select the data."""
     source = facts.source
     default = f"{plural(facts.classes, 'class folder')}"
     if "test" in facts.images or "validation" in facts.images:
@@ -111,7 +111,7 @@ def _data(facts: DataFacts) -> list[Choice]:
 
 
 def _split(s: Situation) -> tuple[Choice, dict[str, int]]:
-    """Return the choice of the splits, and the number of images of each. Raises UserError if none is possible."""
+    """Return the choice for the splits, and the number of images in each. Raises UserError if none is possible."""
     rule = first(SPLIT, s)
     table, why = rule.sets(s)["data.split"], rule.why(s)
     try:
@@ -135,7 +135,7 @@ def _unreadable(facts: DataFacts) -> list[Choice]:
 
 
 def _memory(recipe: Recipe, machine: Machine, processes: int) -> Choice:
-    """Return the number of accumulation steps with which a step fits into a GPU's memory (`toolkit plan`)."""
+    """Return the number of accumulation steps for which a step fits into a GPU's memory, as `toolkit plan` does."""
     from toolkit.estimate.resources import plan
 
     batch, parts = recipe.train.batch_size, 1
@@ -154,7 +154,7 @@ def _memory(recipe: Recipe, machine: Machine, processes: int) -> Choice:
 
 
 def recipe_text(name: str, header: Iterable[str], choices: Iterable[Choice]) -> str:
-    """Return the TOML text: tables in their usual order, and in each the choices with their reasons."""
+    """Return the TOML text: the tables in their usual order, each with its choices and their reasons."""
     parts = ["\n".join(f"# {_one_line(line)}" for line in header), f"[recipe]\nname = {toml_value(name)}"]
     choices = list(choices)
     for table in TABLES:
@@ -174,12 +174,12 @@ def _table_of(key: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Return a comment's text without line breaks and control characters, which file names may have."""
+    """Return a comment without line breaks and control characters, which file names may contain."""
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def _value(value: Any) -> str:
-    """Format a value; the tables of a list are on lines of their own if there are several."""
+    """Format a value; if it is a list of several tables, each is on its own line."""
     if isinstance(value, list) and len(value) > 1 and all(isinstance(item, dict) for item in value):
         return "[\n" + "".join(f"  {toml_value(item)},\n" for item in value) + "]"
     return toml_value(value)

@@ -1,4 +1,4 @@
-"""Checks of the plugins that a recipe names: whether they are loaded, and their arguments.
+"""Checks of the plugins in a recipe: whether they are loaded, and their arguments.
 
 Not part of :mod:`toolkit.recipe.cross_checks`, because a run's recipe can be read without its plugins.
 """
@@ -14,7 +14,7 @@ from toolkit.recipe.schema import Recipe
 
 
 def check_plugins(recipe: Recipe) -> Iterator[Issue]:
-    """Yield the errors and warnings about the plugins that a recipe names."""
+    """Yield the errors and warnings about the plugins in a recipe."""
     for use in plugins.named_plugins(recipe):
         if not plugins.is_loaded(use.kind, use.name):
             hint = plugins.how_to_load(use.kind, use.name)
@@ -37,7 +37,7 @@ def check_plugins(recipe: Recipe) -> Iterator[Issue]:
 
 
 def _optimizer(recipe: Recipe, plugin: plugins.Plugin) -> Iterator[Issue]:
-    """Check that the optimizer takes the momentum and weight decay that are set."""
+    """Check that the optimizer accepts the momentum and weight decay that are set."""
     table = recipe.optimizer
     if table.momentum is not None and not plugin.takes("momentum"):
         yield error("optimizer.momentum", f"{plugin.name} takes no momentum", "optimizer.name", hint="remove it")
@@ -47,7 +47,7 @@ def _optimizer(recipe: Recipe, plugin: plugins.Plugin) -> Iterator[Issue]:
 
 
 def _loss(recipe: Recipe, plugin: plugins.Plugin) -> Iterator[Issue]:
-    """Check that the loss takes the class weights and the label smoothing that are set."""
+    """Check that the loss accepts the class weights and the label smoothing that are set."""
     asked = {"train.class_weights": recipe.train.class_weights != "none"}
     asked["augment.label_smoothing"] = recipe.augment.label_smoothing > 0
     for key, is_set in asked.items():

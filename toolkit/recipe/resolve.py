@@ -67,7 +67,7 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 def content_hash(content: dict[str, Any]) -> str:
-    """Return the hash of a resolved recipe's content read from a file, with the keys of the version that wrote it."""
+    """Return the hash of the content of a resolved recipe file, which has the keys of the version that wrote it."""
     counted = {table: value for table, value in content.items() if table not in NOT_HASHED}
     counted["recipe"] = {key: value for key, value in counted["recipe"].items() if f"recipe.{key}" not in NOT_HASHED}
     return json_hash(counted)

@@ -1,4 +1,4 @@
-"""The columns in data.columns.keep in a run's report: values of single images, and metrics for each value."""
+"""The columns of data.columns.keep in a run's report: their values for single images, and metrics for each value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from toolkit.report.label_predictions import LabelPredictions
 
 MAX_VALUES = 100
-"""Maximum number of values in a table; others are counted."""
+"""Maximum number of values in a table; others are only counted."""
 
 
 def kept_columns(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> dict[str, list[str]]:
@@ -32,7 +32,7 @@ def values_of(kept: Mapping[str, list[str]], row: int) -> str:
 def tables_by_value(found: RunPredictions | LabelPredictions | None) -> list[tuple[str, HtmlTable]]:
     """Return, for each column, a table of the metrics of each value, the most frequent value first.
 
-    Columns in which each image has a value of its own are left out.
+    Columns in which every image has a different value are left out.
     """
     tables: list[tuple[str, HtmlTable]] = []
     if found is None:
@@ -51,7 +51,7 @@ def _table(
     codes: npt.NDArray[np.int64],
     counts: npt.NDArray[np.int64],
 ) -> HtmlTable:
-    """Return the table of a column with ``values`` [n], of which each image has one, ``codes`` [N]."""
+    """Return the table of one column, with distinct ``values``, [n], and the index of each image's value, ``codes``."""
     rows = []
     for value in np.argsort(-counts, kind="stable")[:MAX_VALUES]:
         images = np.flatnonzero(codes == value)
@@ -73,7 +73,7 @@ def _table(
 
 
 def _other_metric(found: RunPredictions | LabelPredictions, images: npt.NDArray[np.int64]) -> float:
-    """Return the balanced accuracy on some images, the mean recall over their classes; multi-label: the micro F1."""
+    """Return the balanced accuracy (mean recall over classes) on ``images``; for multi-label, the micro F1."""
     if isinstance(found, RunPredictions):
         of_class = single_label_class_metrics(found.labels[images], found.predictions[images], len(found.classes))
         return float(of_class.recall[of_class.support > 0].mean())
