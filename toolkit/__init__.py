@@ -12,11 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "fit", "load_model", "load_recipe", "open_run"]
+__all__ = ["__version__", "fit", "load_model", "load_recipe", "open_run", "open_study"]
 
 if TYPE_CHECKING:
     from toolkit.recipe import load_recipe
     from toolkit.runs import open_run
+    from toolkit.studies import open_study
     from toolkit.training.fit import fit
     from toolkit.training.trained_model import load_model
 
@@ -25,6 +26,7 @@ _MODULES = {
     "load_model": "toolkit.training.trained_model",
     "load_recipe": "toolkit.recipe",
     "open_run": "toolkit.runs",
+    "open_study": "toolkit.studies",
 }
 
 

@@ -35,6 +35,11 @@ class Run(RunDirectory):
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
+    def _repr_html_(self) -> str:
+        from toolkit.report.notebook import run_html
+
+        return run_html(self)
+
     @property
     def classes(self) -> list[str]:
         """Class names, in the order of the model's outputs."""

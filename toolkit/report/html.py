@@ -69,14 +69,8 @@ def write_page(path: Path, template: str, data: dict[str, Any], **content: Any) 
     and control characters are replaced. A content security policy allows only the page's own script and no requests.
     """
     script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
-    text = environment.get_template(template).render(
+    text = render(
+        template,
         version=toolkit.__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
         style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
@@ -91,6 +85,18 @@ def write_page(path: Path, template: str, data: dict[str, Any], **content: Any) 
     except OSError as error:
         raise UserError(f"the report cannot be written to {path}: {error.strerror}") from None
     return path
+
+
+def render(template: str, **content: Any) -> str:
+    """Render a template with its variables. All text is escaped, and control characters are replaced."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    return environment.get_template(template).render(**content)
 
 
 def _json(value: Any) -> Markup:

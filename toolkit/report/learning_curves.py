@@ -15,11 +15,16 @@ SIZE = (6.3, 3.6)
 """Width and height of a figure in inches; the width is that of a text column."""
 
 
-def learning_curves(data: RunData, metric: Literal["loss", "accuracy", "map"]) -> Figure:
-    """Plot the training and validation metric of each epoch, and mark the best and the last epoch."""
+def learning_curves(
+    data: RunData, metric: Literal["loss", "accuracy", "map"], size: tuple[float, float] = SIZE
+) -> Figure:
+    """Plot the training and validation metric of each epoch, and mark the best and the last epoch.
+
+    ``size``: width and height in inches.
+    """
     measure, loss = MEASURES[metric], f"{'binary ' if data.is_multi_label else ''}cross-entropy"
     scale, label = measure.scale, f"{loss if metric == 'loss' else measure.label} ({measure.unit})"
-    figure, axes = labeled_axes("epoch", label, fitted(f"{data.name}: {measure.label}", SIZE[0] - 1), SIZE)
+    figure, axes = labeled_axes("epoch", label, fitted(f"{data.name}: {measure.label}", size[0] - 1), size)
     for split, key, style in (("train", f"train/{metric}", "--"), ("validation", f"val/{metric}", "-")):
         xs, ys = points(data.epochs, key, scale)
         if xs:

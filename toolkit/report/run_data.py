@@ -13,6 +13,8 @@ from PIL import Image
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.evaluations import Evaluation, evaluation_names, read_evaluation
+from toolkit.formatting import plural
+from toolkit.locks import is_held
 from toolkit.reading import UnreadableFile, read_json, require_file
 from toolkit.recipe import Recipe
 from toolkit.recipe.diagnostics import printable
@@ -186,6 +188,16 @@ class RunData:
         return self.recipe is not None and self.recipe.scheduler.name in ("step", "exponential", "plateau")
 
     @property
+    def state(self) -> str:
+        """State of the run, such as "finished after 20 epochs" or "not finished; 3 epochs done"."""
+        epochs = plural(self.last_epoch if self.epochs else 0, "epoch")
+        if self.stopped_early:
+            return f"finished, stopped early after epoch {self.last_epoch}"
+        if self.summary is not None:
+            return f"finished after {epochs}"
+        return f"{'being trained' if is_held(self.run.path / '.lock') else 'not finished'}; {epochs} done"
+
+    @property
     def stopped_early(self) -> bool:
         """Whether early stopping ended the run."""
         return bool(self.summary and self.summary.get("stopped_early"))
@@ -206,17 +218,26 @@ def try_load(missing: list[str], what: str, read: Callable[[], T]) -> T | None:
     return None
 
 
-def load_run_data(run: Run) -> RunData:
-    """Load a run directory. Raises UserError if it has no finished epoch."""
+def load_progress(run: Run) -> RunData:
+    """Load recipe, metrics and, of a finished run, the summary."""
     data = RunData(run)
     data.recipe = data.try_load("the recipe", lambda: run.recipe)
     _read_metrics(data)
+    if run.is_finished and data.epochs:
+        data.summary = data.try_load("test metrics", lambda: _checked_summary(data))
+    return data
+
+
+def load_run_data(run: Run) -> RunData:
+    """Load a run directory. Raises UserError if it has no finished epoch."""
+    data = load_progress(run)
     if not data.epochs:
         raise UserError(
             f"{run.path} has no finished epoch yet, so there is nothing to report ({_missing_epochs_reason(run)}); "
             "`toolkit status` shows its progress"
         )
-    data.summary = data.try_load("test metrics", lambda: _checked_summary(data))
+    if not run.is_finished:
+        data.try_load("test metrics", lambda: _checked_summary(data))  # adds the reason why there are none
     data.environment = data.try_load("the environment", lambda: run.environment) or {}
     data.card = data.try_load("the names of the classes", lambda: _checked_card(run)) or {}
     data.split = data.try_load("the lists of images", lambda: run.split) or {}

@@ -71,7 +71,7 @@ def write_run_page(path: Path, data: RunData, svg: Mapping[str, str], files: Seq
         missing=data.missing,
         run=data,
         cards=list(_cards(data)),
-        models=_models(data),
+        models=models_table(data),
         expectations=check_expectations(data.recipe, data.summary) if data.recipe and data.summary else [],
         evaluations=_evaluations(data),
         charts=[(id_, "Metrics" if id_ == "accuracy" and several else caption) for id_, caption in CHARTS],
@@ -90,13 +90,7 @@ def write_run_page(path: Path, data: RunData, svg: Mapping[str, str], files: Seq
 
 def _subtitles(data: RunData) -> list[str]:
     lines = [data.recipe.recipe.description] if data.recipe and data.recipe.recipe.description else []
-    if data.summary is None:
-        state = f"not finished; {plural(data.last_epoch, 'epoch')} done"
-    elif data.stopped_early:
-        state = f"finished, stopped early after epoch {data.last_epoch}"
-    else:
-        state = f"finished after {plural(data.last_epoch, 'epoch')}"
-    return [*lines, f"run {data.run.path.resolve().name}: {state}"]
+    return [*lines, f"run {data.run.path.resolve().name}: {data.state}"]
 
 
 def data_uri(image: Image.Image, side: int) -> str:
@@ -175,13 +169,14 @@ def _measured(data: RunData, *splits: str) -> list[Metric]:
     return [metric for metric in best if kind in metric.measure.tasks]
 
 
-def _models(data: RunData) -> HtmlTable:
-    """Return a table that compares the best and the last model."""
-    metrics, rows = _measured(data, "val", "test"), []
-    for model in ("best", "last") if data.summary else ():
-        found = data.summary[model]  # type: ignore[index]
+def models_table(data: RunData) -> HtmlTable:
+    """Return a table that compares the best and the last model; of a run that has not finished, those so far."""
+    metrics, rows = _measured(data, *(("val", "test") if data.summary else ("val",))), []
+    for model, epoch in (("best", data.best_epoch), ("last", data.last_epoch)):
+        record: Record = next((record for record in data.epochs if record["epoch"] == epoch), {})
+        found = data.summary[model] if data.summary else {key.replace("/", "_"): v for key, v in record.items()}
         values = [metric_cell(metric, found.get(metric.key)) for metric in metrics]
-        rows.append(HtmlRow([HtmlCell(model), integer(found["epoch"]), *values], "best" if model == "best" else ""))
+        rows.append(HtmlRow([HtmlCell(model), integer(epoch), *values], "best" if model == "best" else ""))
     return HtmlTable(["model", "epoch", *(metric.label for metric in metrics)], rows, range(1, len(metrics) + 2))
 
 
