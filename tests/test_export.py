@@ -356,7 +356,7 @@ def test_an_existing_folder_and_one_that_cannot_be_written_are_refused(
     run = runs("convnet")
     outcome = toolkit("export", run.path, "--format", "safetensors", "-o", tmp_path / "used")
     assert outcome.status == 2
-    assert "already exists; name a new folder with --out, or remove that one" in outcome.stderr
+    assert "already exists; choose a new folder with --out, or remove that one" in outcome.stderr
     outcome = toolkit("export", run.path, "--format", "safetensors", "-o", tmp_path / "used" / "file" / "out")
     assert outcome.status == 2
     assert "cannot be written: Not a directory" in outcome.stderr

@@ -724,7 +724,7 @@ def test_which_of_several_models_in_a_file_is_reported_and_can_be_chosen(
     with pytest.raises(UserError, match=r"'ema': weights file .* has no such entry \(state_dict, state_dict_ema\)"):
         build("both.pth", "ema")
     torch.save({"teacher": average, "student": resnet_state}, tmp_path / "unusual.pth")
-    with pytest.raises(UserError, match=r"several state dicts, teacher, student; name one as model\.weights_key"):
+    with pytest.raises(UserError, match=r"several state dicts, teacher, student; select one with model\.weights_key"):
         build("unusual.pth")
     assert same_backbone(build("unusual.pth", "student").module, resnet_state)
     pair = {f"module.encoder_q.{key}": value for key, value in resnet_state.items()}

@@ -139,7 +139,7 @@ def test_five_images_of_a_class_leave_none_for_validation(tmp_path: Path) -> Non
     assert recipe.train.best_metric == "last"
     assert recipe.early_stopping.patience is None
     assert recipe.transfer.mode == "linear_probe", "even with a GPU"
-    assert "5 images of a class are few" in reasons(found)["transfer"]
+    assert "5 images per class are few" in reasons(found)["transfer"]
     assert recipe.train.batch_size <= 16
 
 
@@ -171,12 +171,12 @@ def test_small_gray_images_train_a_convnet_from_scratch(tmp_path: Path) -> None:
     assert recipe.model.convnet is not None
     assert [block.pool for block in recipe.model.convnet.blocks] == [0, 2, 2]
     assert [step.name for step in recipe.augment.train] == ["RandomAffine"], "no flip: they may be characters"
-    assert "all images looked at are gray" in found.text
+    assert "all inspected images are gray" in found.text
     for name in "ab":
         write_images(tmp_path / "large" / name, 30, mode="L")
     found, recipe = recipe_for(tmp_path / "large")
     assert (recipe.model.source, recipe.data.channels) == ("timm", 3)
-    assert "gray; they are repeated, since the weights expect 3 channels" in reasons(found)["channels"]
+    assert "gray; they are repeated, because the weights expect 3 channels" in reasons(found)["channels"]
 
 
 def test_of_many_files_a_sample_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,7 +445,7 @@ def text_file(root: Path) -> Path:
         (images_without_classes, r"has no class folders: it holds 3 images without labels"),
         (one_class, r"holds only one class, only/ \(3 images\)"),
         (one_image_of_each_class, r"has one image of each of its 3 classes: at least two are needed"),
-        (unreadable, r"10 of 10 images looked at cannot be read \(a/00000.jpg: .*; \.\.\.\): repair or remove them"),
+        (unreadable, r"10 of 10 inspected images cannot be read \(a/00000.jpg: .*; \.\.\.\): repair or remove them"),
         (table_without_images, r"has no column of image paths"),
         (table_of_missing_files, r"lists a.jpg, which is neither in .* nor in a folder next to the table"),
         (run_directory, r"is a run or study directory, not a folder of images; to resume it: --resume"),
@@ -469,4 +469,4 @@ def test_a_few_unreadable_files_are_left_out(tmp_path: Path) -> None:
     paths[8].write_bytes(paths[9].read_bytes()[:-300])  # cut short
     found, recipe = recipe_for(tmp_path / "some")
     assert (recipe.data.on_bad_image, recipe.data.max_bad_fraction) == ("skip", 0.05)
-    assert "2 of 80 images looked at cannot be read (b/00007.jpg, b/00008.jpg)" in reasons(found)["unreadable"]
+    assert "2 of 80 inspected images cannot be read (b/00007.jpg, b/00008.jpg)" in reasons(found)["unreadable"]

@@ -154,7 +154,7 @@ def test_a_secret_is_written_to_no_file(run: Run, hub: Hub, tmp_path: Path) -> N
         (["a/b/c"], "is not a repository name, such as lab/resnet50-caltech"),
         (["lab/..digits"], "is not a repository name"),
         (["lab/digits", "--license", "MIT License"], "is not a license identifier of the Hub, such as mit, apache-2.0"),
-        (["lab/digits", "-o", "USED"], "already exists; name a new folder"),
+        (["lab/digits", "-o", "USED"], "already exists; choose a new folder"),
     ],
 )
 def test_a_users_mistake_is_one_message(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:

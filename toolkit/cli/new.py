@@ -53,10 +53,10 @@ def new(
     found = new_recipe(data, goal, processes, lambda line: print(line, file=sys.stderr))
     path = out or Path(f"{found.name}.toml")
     if os.path.lexists(path) and not force:
-        raise UserError(f"{path} exists already: name another file with -o, or overwrite it with --force")
+        raise UserError(f"{path} exists already: choose another file with -o, or overwrite it with --force")
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
-        raise UserError(f"{path} {reason}; name a file with -o")
+        raise UserError(f"{path} {reason}; choose another file with -o")
     write_atomically(path, found.text.encode())
     next_command = found.next_command(str(path))
     if as_json:

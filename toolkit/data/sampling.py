@@ -242,7 +242,7 @@ class SamplingPlan:
         return epoch if self.views is None else epoch % self.views
 
     def augmentation_ids(self, positions: IntArray, draws: IntArray) -> IntArray:
-        """Return the keys of the examples' augmentation in an epoch: their draws, or with ``views`` the positions."""
+        """Return the random-number key of each example's augmentation: its draw or, with ``views``, its position."""
         return draws if self.views is None else positions
 
 

@@ -181,7 +181,7 @@ def find_layer(trained: TrainedModel, sample: Tensor, wanted: str | None = None)
         if gradient is not None and layer.to_maps(gradient).any():
             return layer
     raise UserError(
-        f"{trained.table.name} has no layer with maps larger than 1x1; name one with --layer "
+        f"{trained.table.name} has no layer with maps larger than 1x1; select one with --layer "
         f"(the last ones are {', '.join([*outputs][-6:])})"
     )
 

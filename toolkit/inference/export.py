@@ -152,7 +152,7 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     ``replace``, is not empty.
     """
     if not replace and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
-        raise UserError(f"{folder} already exists; name a new folder with --out, or remove that one")
+        raise UserError(f"{folder} already exists; choose a new folder with --out, or remove that one")
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         unfinished.mkdir(parents=True)

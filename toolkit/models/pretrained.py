@@ -113,7 +113,7 @@ def _choose_entry(path: Path, entries: list[str], key: str | None) -> str:
     usual = [name for name in (key, *WRAPPED_AS) if name in entries]
     if not usual and len(entries) > 1:
         raise UserError(
-            f"weights file {path} holds several state dicts, {', '.join(entries)}; name one as model.weights_key"
+            f"weights file {path} contains several state dicts, {', '.join(entries)}; select one with model.weights_key"
         )
     return str([*usual, *entries][0])
 
@@ -143,7 +143,7 @@ def without_prefix(module: nn.Module, state: StateDict, key: str | None, source:
         prefix = f"{key}."
     elif len(best) > 1 and "" not in best:
         names = ", ".join(one.removesuffix(".") for one in best)
-        raise UserError(f"{source} holds several models that fit, under {names}; name one as model.weights_key")
+        raise UserError(f"{source} contains several models that fit, under {names}; select one with model.weights_key")
     else:
         prefix = "" if "" in best or not best else best[0]
     if not prefix:

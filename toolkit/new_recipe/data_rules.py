@@ -67,13 +67,15 @@ SPLIT = (
     Rule(
         lambda s: _held_out(s, 0.2) >= 30,
         _drawn(0.2),
-        lambda s: f"{_how_drawn(s)}, 20 % of the others for validation, since 10 % would be {_held_out(s, 0.1)} images",
+        lambda s: (
+            f"{_how_drawn(s)}, 20 % of the others for validation, because 10 % would be {_held_out(s, 0.1)} images"
+        ),
         "stratified as in Kohavi 1995",
     ),
     Rule(
         always,
         _drawn(0),
-        lambda s: f"{_how_drawn(s)}, none for validation, since 20 % would be only {_held_out(s, 0.2)} images",
+        lambda s: f"{_how_drawn(s)}, none for validation, because 20 % would be only {_held_out(s, 0.2)} images",
         "with fewer than 30 images the accuracy has a standard error of up to 9 points",
     ),
 )
@@ -83,7 +85,7 @@ INPUT = (
     Rule(
         lambda s: not s.is_pretrained and s.facts.common_size is not None and max(s.facts.common_size) <= SMALL,
         lambda s: {"data.image_size": shortest(s.facts.common_size)},
-        lambda s: f"all {s.facts.sampled:,} images looked at have this size" if s.facts.sampled else "the images' size",
+        lambda s: f"all {s.facts.sampled:,} inspected images have this size" if s.facts.sampled else "the images' size",
         "no resize loses nothing",
     ),
     Rule(
@@ -123,13 +125,13 @@ CHANNELS = (
     Rule(
         lambda s: s.facts.stored_channels == 1 and not s.is_pretrained,
         lambda s: {"data.channels": 1},
-        lambda s: "all images looked at are gray",
+        lambda s: "all inspected images are gray",
         "nothing is repeated",
     ),
     Rule(
         lambda s: s.facts.stored_channels == 1,
         lambda s: {"data.channels": 3},
-        lambda s: "all images looked at are gray; they are repeated, since the weights expect 3 channels",
+        lambda s: "all inspected images are gray; they are repeated, because the weights expect 3 channels",
         "timm and torchvision's references: convert to RGB",
     ),
     Rule(
@@ -142,7 +144,7 @@ CHANNELS = (
     Rule(
         always,
         lambda s: {"data.channels": s.facts.stored_channels, "data.normalize": "dataset"},
-        lambda s: f"{s.facts.stored_channels} channels in every image; mean and deviation of each are measured",
+        lambda s: f"{s.facts.stored_channels} channels in every image; mean and std of each are computed",
         "timm: adapt_input_conv",
     ),
 )  # fmt: skip
@@ -158,7 +160,7 @@ AUGMENT = (
     Rule(
         lambda s: s.facts.stored_channels == 1 or s.facts.side <= TINY,
         _augmentation(AFFINE),
-        lambda s: "small rotations, shifts and scales; no flip, since small gray images are often characters",
+        lambda s: "small rotations, shifts and scales; no flip, because small gray images are often characters",
         "recipes/quickstart.toml",
     ),
     Rule(
@@ -170,7 +172,7 @@ AUGMENT = (
     Rule(
         lambda s: s.facts.aspect > LONG,
         _augmentation(AFFINE, FLIP),
-        lambda s: f"no random crop, since the whole image is shown; {FLIP_NOTE}",
+        lambda s: f"no random crop, because the whole image is shown; {FLIP_NOTE}",
         "our convention",
     ),
     Rule(

@@ -222,7 +222,7 @@ def _sample(facts: DataFacts, dataset: Dataset, images: EncodedImages) -> DataFa
 def _too_many_unreadable(bad: list[tuple[str, str]], sampled: int) -> str:
     shown = "; ".join(f"{name}: {reason}" for name, reason in bad[:3])
     return (
-        f"{len(bad):,} of {sampled:,} images looked at cannot be read ({shown}{'; ...' if len(bad) > 3 else ''}): "
+        f"{len(bad):,} of {sampled:,} inspected images cannot be read ({shown}{'; ...' if len(bad) > 3 else ''}): "
         "repair or remove them"
     )
 

@@ -56,14 +56,14 @@ APPROACH = (
     Rule(
         lambda s: s.facts.side <= TINY or (s.facts.side <= SMALL and s.facts.per_class >= MANY),
         lambda s: {"approach": "convnet"},
-        lambda s: f"images of {s.facts.side} pixels and {s.facts.per_class:,} of a class: a small ConvNet from "
-        "scratch, since pretrained networks expect 224 pixels",
+        lambda s: f"images of {s.facts.side} pixels and {s.facts.per_class:,} per class: a small ConvNet from "
+        "scratch, because pretrained networks expect 224 pixels",
         "recipes/quickstart.toml",
     ),
     Rule(
         lambda s: 0 < s.facts.per_class < FEW,
         lambda s: {"approach": "probe"},
-        lambda s: f"{s.facts.per_class:,} images of a class are few: only a new last layer is trained, on features "
+        lambda s: f"{s.facts.per_class:,} images per class are few: only a new last layer is trained, on features "
         "that are computed once",
         KORNBLITH,
     ),
@@ -78,7 +78,7 @@ APPROACH = (
     Rule(
         always,
         lambda s: {"approach": "finetune"},
-        lambda s: f"{s.facts.per_class:,} images of a class and a GPU: all layers are trained, the pretrained ones at "
+        lambda s: f"{s.facts.per_class:,} images per class and a GPU: all layers are trained, the pretrained ones at "
         "a tenth of the learning rate",
         KORNBLITH,
     ),

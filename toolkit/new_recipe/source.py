@@ -63,7 +63,7 @@ def find_source(argument: str) -> DataSource:
     if path.exists():
         raise UserError(
             f"{argument} is neither a folder nor a table ({', '.join(FORMATS)}) nor an archive "
-            f"({', '.join(ARCHIVES)}): name the folder of class folders, or a table that lists the images"
+            f"({', '.join(ARCHIVES)}): specify a folder with one folder per class, or a table that lists the images"
         )
     return _named(argument)
 
@@ -96,13 +96,13 @@ def _folder(path: Path) -> DataSource:
     if not listing.folders:
         raise UserError(_no_class_folders(path, len(listing.images), tables))
     if len(tables) > 1 and not holds_images:
-        raise UserError(f"{path} holds several tables ({', '.join(tables[:5])}): name the one to train on")
+        raise UserError(f"{path} contains several tables ({', '.join(tables[:5])}): specify the one to train on")
     return DataSource(name, {"dataset": "imagefolder", "root": root}, "")
 
 
 def _no_class_folders(path: Path, images: int, tables: list[str]) -> str:
     if tables:
-        return f"{path} holds several tables ({', '.join(tables[:5])}): name the one to train on"
+        return f"{path} contains several tables ({', '.join(tables[:5])}): specify the one to train on"
     found = f"it holds {images:,} images without labels" if images else "it is empty"
     return (
         f"{path} has no class folders: {found}. Sort the images into {path}/<class>/, or list them with their labels "

@@ -130,7 +130,7 @@ def _unreadable(facts: DataFacts) -> list[Choice]:
     share = len(facts.unreadable) / facts.sampled
     keys = {"data.on_bad_image": "skip", "data.max_bad_fraction": max(0.01, round(2 * share, 2))}
     names = ", ".join(name for name, _ in facts.unreadable[:3])
-    why = f"{len(facts.unreadable):,} of {facts.sampled:,} images looked at cannot be read ({names})"
+    why = f"{len(facts.unreadable):,} of {facts.sampled:,} inspected images cannot be read ({names})"
     return [Choice("unreadable", keys, why, "docs/data.md")]
 
 

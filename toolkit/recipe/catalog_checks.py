@@ -137,7 +137,7 @@ def weights(recipe: Recipe) -> Iterator[Issue]:
     is_file = table.weights.startswith(("file:", "package:"))
     if table.weights_key is not None and not is_file:
         text = f"has no effect with weights = {toml_value(table.weights)}, which is not a file"
-        yield error("model.weights_key", text, "model.weights", hint="remove it, or name a file in model.weights")
+        yield error("model.weights_key", text, "model.weights", hint="remove it, or set model.weights to a file")
     if is_file:
         yield from _weights_file(table.weights)
     elif table.weights == "none":
@@ -194,7 +194,7 @@ def optimizer(recipe: Recipe) -> Iterator[Issue]:
 
 
 def loss(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the built-in loss has the arguments that the recipe gives."""
+    """Check that the built-in loss has the arguments that are set."""
     table = recipe.train
     for name in table.loss_args.model_extra or () if not table.loss.startswith(PREFIX) else ():
         known = [key for key, user in LOSS_KEYS.items() if user == table.loss]

@@ -352,7 +352,7 @@ def find_runs(path: Path) -> list[Run]:
     if not path.exists() and (newest := newest_run(path)) != path:
         return [Run(newest)]
     if not path.is_dir():
-        raise UserError(f"{path} does not exist: name a run directory, or the folder that holds them (recipe.run_root)")
+        raise UserError(f"{path} does not exist: specify a run directory, or a folder of runs (recipe.run_root)")
     found = {file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/recipe.toml")}
     # `toolkit publish` also writes a recipe, next to the weights: to the run's folder or any other.
     found = {folder for folder in found if RUN_ID.fullmatch(folder.name) or (folder / "checkpoints").is_dir()}

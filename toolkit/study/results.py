@@ -103,7 +103,7 @@ class ResultRow:
 
     @property
     def finished(self) -> list[RunResult]:
-        """The finished runs; only these enter the metrics."""
+        """The finished runs; only these count in the metrics."""
         return [result for result in self.results if result.is_finished]
 
     @property

@@ -198,7 +198,9 @@ def _versioned(module: nn.Module, state: dict[str, Tensor]) -> OrderedDict[str, 
 def _model_folder(path: Path) -> Path:
     """Return the folder that holds model.json."""
     if not path.is_dir():
-        raise UserError(f"{path}: there is no such folder; name a run directory, or a folder that toolkit export wrote")
+        raise UserError(
+            f"{path}: there is no such folder; specify a run directory or a folder that toolkit export wrote"
+        )
     if (path / "recipe.toml").is_file() and not (path / "model.json").is_file():
         return path / "checkpoints"
     if not (path / "model.json").is_file() and path.name != "checkpoints":
