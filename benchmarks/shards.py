@@ -1,11 +1,11 @@
-"""Measure loading images from shards on one core: the toolkit, timm's reader of tar files, and webdataset.
+"""Measure loading images from shards on one core with the toolkit, timm's tar reader, and webdataset.
 
-All read tar files of Caltech-101, packed by the toolkit, with one thread and no workers: timm all of them, webdataset
-and "load" of the toolkit those of training images. The results are
-images per second of CPU time. "read" is the encoded bytes in random order (webdataset: with a buffer of 1,000), "load"
-is batches of model inputs: decode, resize to 256, crop 224, normalize. Each decodes as it does by default: the toolkit
-with simplejpeg if it is installed, the others with Pillow; "toolkit, Pillow" is the toolkit without simplejpeg.
-webdataset is not one of the project's packages:
+All read tar files of Caltech-101, packed by the toolkit, with one thread and no workers: timm reads all of them,
+webdataset and the toolkit's "load" only those of training images. The results are images per second of CPU time. "read"
+returns the encoded bytes in random order (webdataset: with a buffer of 1,000); "load" returns batches of model inputs:
+decode, resize to 256, crop to 224, normalize. Each decodes with its default decoder: the toolkit with simplejpeg if it
+is installed, the others with Pillow; "toolkit, Pillow" is the toolkit without simplejpeg. webdataset is not a
+dependency of the project:
 
     pip install webdataset
     python benchmarks/shards.py recipes/resnet18_caltech.toml --set 'data.root="data"'
@@ -48,7 +48,7 @@ BATCH = 64
 
 
 def images_per_core_second(images: Iterable[Any], count: int) -> float:
-    """Return images per CPU second for ``count`` images; an item is an image or, if it has a length, a batch."""
+    """Return images per second of CPU time for ``count`` images; an item is an image, or a batch if it has a length."""
     before, done = time.process_time(), 0
     for item in images:
         done += len(item) if isinstance(item, torch.Tensor) else 1
@@ -65,7 +65,7 @@ def toolkit_loader(recipe: Recipe) -> Callable[[], Iterator[torch.Tensor]]:
 
 
 def measure(recipe: Recipe, folder: Path, count: int, rounds: int) -> dict[str, Any]:
-    """Measure all loaders in turns, and return the medians, and the toolkit's as a multiple of the others'."""
+    """Measure all loaders alternately; return their medians, and the toolkit's divided by those of the others."""
     pack(recipe.data, folder, 32 * 2**20, lambda text: None)
     urls = sorted(str(path) for path in folder.glob("train-*.tar"))
     data = recipe.data.model_copy(update={"dataset": "shards", "root": str(folder), "cache": "off"})

@@ -1,8 +1,8 @@
-"""Measure opening and splitting a table of 1.3 million images of 20,000 classes, and the memory that workers add to it.
+"""Measure opening and splitting a table of 1.3 million images of 20,000 classes, and the memory of its workers.
 
-The image files are not needed: opening a table reads none of them. Each format is opened in a process of its own, whose
-CPU time and peak memory beyond that of its imports are reported, with the private memory of two forked workers that
-then read all names.
+The image files are not needed, because opening a table reads none of them. Each format is opened in its own process.
+The results are its CPU time, its peak memory in addition to that of the imports, and the private memory of two forked
+workers that then read all names.
 
     python benchmarks/table_index.py [--rows 1300000] [--classes 20000]
 """
@@ -30,7 +30,7 @@ WORKERS = 2
 
 
 def write_tables(folder: Path, rows: int, classes: int) -> list[Path]:
-    """Write the same rows, in random order as exported tables have them, as CSV, JSON lines and Parquet."""
+    """Write the same rows in random order, like those of exported tables, as CSV, JSON lines and Parquet."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -63,7 +63,7 @@ def private_bytes() -> int:
 
 
 def measure(table: Path, columns: dict[str, str]) -> dict[str, float]:
-    """Open a table in this process; seconds of CPU time (open_wall_s: of the clock) and MB."""
+    """Open a table in this process; return seconds of CPU time (open_wall_s: wall-clock time) and MB."""
     config = DataConfig.model_validate({"dataset": "table", "table": str(table), "columns": columns})
     if table.suffix == ".parquet":
         import pyarrow.parquet  # noqa: F401

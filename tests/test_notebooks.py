@@ -136,7 +136,7 @@ def test_the_best_run_of_a_study_is_the_best_of_its_best_row(tmp_path: Path) -> 
 def test_a_study_without_finished_runs_has_no_best_one(tmp_path: Path) -> None:
     write_study(tmp_path, STUDY, [FakeRun("a", state="missing")])
     study = open_study(tmp_path)
-    with pytest.raises(UserError, match="has finished, so there is no best one"):
+    with pytest.raises(UserError, match="has finished, so there is no best run"):
         _ = study.best
     assert "1 missing" in study._repr_html_()
 

@@ -1,4 +1,4 @@
-"""Studies: the object that Python users have of a study's folder."""
+"""Studies: the Python interface to the folder of a study."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class Study:
-    """A study, as :func:`open_study` returns it: its runs, its tables, its report.
+    """A study, as returned by :func:`open_study`: its runs, tables and report.
 
-    Everything is read from the folder at each access, so that it also shows the progress of a study that is being
-    trained. Imports neither torch nor pandas until they are needed.
+    Everything is read from the folder on each access, so it also shows the progress of a study that is still being
+    trained. Imports torch and pandas only when they are needed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,12 +41,12 @@ class Study:
 
     @property
     def results(self) -> StudyResults:
-        """The results so far, from which tables and figures are made."""
+        """The results so far, from which all tables and figures are made."""
         return read_outcomes(self.directory, TableOptions())
 
     @property
     def table(self) -> DataFrame:
-        """The results table: one row per setting, indexed by ``row``, or of a search one per ``trial``, best first.
+        """The results table: one row per setting, indexed by ``row``; for a search, one per ``trial``, best first.
 
         The columns are those of table.csv, which `toolkit table` writes: for each metric the mean over the seeds and
         folds, its standard deviation and its confidence interval; accuracies are fractions. Needs pandas.
@@ -56,19 +56,19 @@ class Study:
 
     @property
     def run_table(self) -> DataFrame:
-        """One row per run, indexed by ``run``, its id: row, seed, varied keys, state, metrics. Needs pandas."""
+        """Row, seed, varied keys, state and metrics of each run, indexed by ``run`` (its id). Needs pandas."""
         return data_frame(run_records(self.results.results), "run")
 
     @property
     def runs(self) -> list[Run]:
-        """The runs that have been started, in the order of the table; rows with the same recipe share one."""
+        """The runs that have been started, in the order of the table; rows with the same recipe share a run."""
         return self.directory.runs
 
     @property
     def best(self) -> Run:
         """The finished run with the best validation metric, of the best row or, in a search, of all trials.
 
-        The row is the one that tables mark as best. Raises UserError if no run has finished.
+        The best row is the one marked in tables. Raises UserError if no run has finished.
         """
         found = self.results
         metric = metric_of(found.table.output.best_by).name
@@ -76,7 +76,7 @@ class Study:
         if found.trials:
             finished = [trial.result for trial in found.trials[:1] if trial.result.is_finished]
         if not finished:
-            raise UserError(f"no run of {self.path} has finished, so there is no best one")
+            raise UserError(f"no run of {self.path} has finished, so there is no best run")
 
         def value(result: RunResult) -> float:
             sign = 1 if higher_is_better(metric) else -1
@@ -87,7 +87,7 @@ class Study:
         return run
 
     def report(self, output: str | os.PathLike[str] | None = None, *, runs: bool = False) -> Path:
-        """Write the figures and the report, one HTML file, and return its path; a warning lists what is missing.
+        """Write the figures and the report (one HTML file) and return its path; a warning lists missing parts.
 
         ``output``: the file; None: report.html in the study's folder. ``runs``: also write the reports of all runs.
         Raises UserError if no run has a finished epoch.
@@ -108,7 +108,7 @@ class Study:
 
 
 def open_study(path: str | os.PathLike[str]) -> Study:
-    """Open the folder of a study. Raises UserError if it is not one."""
+    """Open the folder of a study. Raises UserError if it is not the folder of a study."""
     study = Study(Path(path))
     _ = study.directory.record  # raises UserError
     return study

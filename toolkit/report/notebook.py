@@ -1,4 +1,4 @@
-"""What a notebook shows of a run or a study: state, metrics and learning curves, as HTML without scripts."""
+"""The display of runs and studies in notebooks: state, metrics and learning curves, as HTML without scripts."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 SIZE = (4.0, 2.8)
 """Width and height of a learning curve in inches: two of them fit side by side."""
 MAX_ROWS = 30
-"""Maximum number of rows of a table."""
+"""Maximum number of rows in a table."""
 
 Drawing = tuple[Markup, bool]
 """An SVG element, and whether it needs a white background."""
 
 
 def run_html(run: Run) -> str:
-    """Return a run as HTML: name, state, metrics of the best and the last epoch, learning curves."""
+    """Render a run as HTML: name, state, metrics of the best and the last epoch, learning curves."""
     data = load_progress(run)
     table = data.try_load("the metrics", lambda: _transposed(models_table(data))) if data.epochs else None
     figures = data.try_load("the learning curves", lambda: _run_figures(data)) if data.epochs else None
@@ -43,7 +43,7 @@ def run_html(run: Run) -> str:
 
 
 def study_html(study: Study) -> str:
-    """Return a study as HTML: title, states of its runs, its table, the curves of its metric."""
+    """Render a study as HTML: title, states of its runs, results table, curves of its metric."""
     try:
         found = study.results
         name = found.title
@@ -56,7 +56,7 @@ def study_html(study: Study) -> str:
 
 
 def _transposed(table: HtmlTable) -> HtmlTable:
-    """Return a table with one row per column of ``table``, which is narrow enough for a notebook."""
+    """Return the transposed table, with one row per column of ``table``, which is narrow enough for a notebook."""
     head, *rows = zip(*(row.cells for row in table.rows), strict=True)
     shown = [HtmlRow([HtmlCell(name), *cells]) for name, cells in zip(table.head[1:], rows, strict=True)]
     return HtmlTable(["", *(cell.text for cell in head)], shown, range(1, len(head) + 1))
@@ -76,7 +76,7 @@ def _run_figures(data: RunData) -> list[Drawing]:
 
 
 def _study_figures(found: StudyResults) -> list[Drawing]:
-    """Draw the curves of the study's metric: those of the rows, or of a search's runs by the first varied key."""
+    """Draw the curves of the study's metric, by row or, in a search, for all runs by the first varied key."""
     with plot_style(warnings.warn):
         drawn = curves_by_parameter(found) if found.trials else row_curves(found)
         name = f"curves-{found.table.metric.replace('/', '-')}"

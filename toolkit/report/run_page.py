@@ -170,7 +170,7 @@ def _measured(data: RunData, *splits: str) -> list[Metric]:
 
 
 def models_table(data: RunData) -> HtmlTable:
-    """Return a table that compares the best and the last model; of a run that has not finished, those so far."""
+    """Return a table that compares the best and the last model; for an unfinished run, the best and the last so far."""
     metrics, rows = _measured(data, *(("val", "test") if data.summary else ("val",))), []
     for model, epoch in (("best", data.best_epoch), ("last", data.last_epoch)):
         record: Record = next((record for record in data.epochs if record["epoch"] == epoch), {})
