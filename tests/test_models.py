@@ -561,7 +561,9 @@ def test_weights_that_cannot_be_downloaded_are_one_message(monkeypatch: pytest.M
         build_model(tv("resnet18", weights="DEFAULT"), 10, 3, 32)
     monkeypatch.setattr(timm_models, "_is_reachable", lambda _: False)
     monkeypatch.setattr(timm_models, "_cached_file", lambda _: None)
-    with pytest.raises(UserError, match=r"resnet18.a1_in1k could not be fetched \(no network\).*weights = 'file:PATH'"):
+    with pytest.raises(
+        UserError, match=r"resnet18.a1_in1k could not be downloaded \(no network\).*weights = 'file:PATH'"
+    ):
         build_model(tm("resnet18", weights="a1_in1k"), 10, 3, 32)
 
 

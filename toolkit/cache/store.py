@@ -280,7 +280,7 @@ class CacheEntryInfo:
 
     name: str
     kind: str
-    """``images``, ``features``, ``encoded`` (copied from a Parquet file) or ``shards`` (fetched ones, and indexes)."""
+    """``images``, ``features``, ``encoded`` (copied from a Parquet file) or ``shards`` (downloads, copies, indexes)."""
     data: str
     """Name of the data set."""
     images: int

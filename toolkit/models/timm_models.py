@@ -41,7 +41,7 @@ def published_state(table: ModelConfig, module: nn.Module, image_size: Size) -> 
     """Return the tag's weights as timm loads them, with the published classes and channels.
 
     They are read from the Hugging Face cache without network access, or else downloaded. Raises UserError if the tag
-    has no weights or they cannot be fetched.
+    has no weights or they cannot be downloaded.
     """
     name = _full_name(table)
     config, arguments = get_pretrained_cfg(name), _arguments(table, image_size)
@@ -168,8 +168,8 @@ def _is_reachable(config: Any) -> bool:
 def _not_fetched(name: str, config: Any, reason: str) -> UserError:
     source = f"{constants.ENDPOINT}/{config.hf_hub_id}" if config.hf_hub_id else config.url
     return UserError(
-        f"weights {name} could not be fetched ({reason}). Without a network: fetch them from {source} elsewhere and "
-        f"give model.weights = 'file:PATH', or copy the cache {constants.HF_HUB_CACHE} from a machine that has one"
+        f"weights {name} could not be downloaded ({reason}). Without a network: download them from {source} elsewhere "
+        f"and set model.weights = 'file:PATH', or copy the cache {constants.HF_HUB_CACHE} from a machine that has one"
     )
 
 

@@ -46,8 +46,8 @@ def published_state(table: ModelConfig, module: nn.Module, image_size: Size) -> 
     except Exception as error:  # URLError, OSError, RuntimeError for a wrong hash, ...
         target = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         raise UserError(
-            f"weights {table.weights} of {table.name} could not be fetched ({first_line(error)}). Without a network: "
-            f"bring {weights.url} to {target}, or give model.weights = 'file:PATH'"
+            f"weights {table.weights} of {table.name} could not be downloaded ({first_line(error)}). Without a "
+            f"network: copy {weights.url} to {target}, or set model.weights = 'file:PATH'"
         ) from None
     return adapt(table, module, state, image_size)
 

@@ -194,7 +194,7 @@ def optimizer(recipe: Recipe) -> Iterator[Issue]:
 
 
 def loss(recipe: Recipe) -> Iterator[Issue]:
-    """Check that the built-in loss has the arguments that are set."""
+    """Check that a built-in loss has all arguments that the recipe sets."""
     table = recipe.train
     for name in table.loss_args.model_extra or () if not table.loss.startswith(PREFIX) else ():
         known = [key for key, user in LOSS_KEYS.items() if user == table.loss]

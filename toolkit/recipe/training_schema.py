@@ -36,7 +36,7 @@ class OptimizerConfig(ConfigModel):
     name: str = Field(
         "sgd",
         description="sgd, nag, adam, adamw (PyTorch), or any timm optimizer; `toolkit optimizers` lists them. "
-        "plugin:NAME: code of your own (docs/plugins.md).",
+        "plugin:NAME: your own code (docs/plugins.md).",
     )
     lr: float = Field(gt=0, le=1e30, description="Peak learning rate (after warm-up).")
     momentum: FractionBelowOne | None = Field(
@@ -124,7 +124,7 @@ SCHEDULE_KEYS = {
 
 
 class LossConfig(ConfigModel):
-    """Arguments of the training loss. A plugin has arguments of its own."""
+    """Arguments of the training loss; a plugin may have any others."""
 
     model_config = ConfigDict(extra="allow")
 

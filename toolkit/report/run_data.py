@@ -56,7 +56,7 @@ class Mistake:
     image: Image.Image | None
     """The image; None if it is not available."""
     kept: str = ""
-    """Its values in the columns of data.columns.keep."""
+    """Values of the image in the columns of data.columns.keep, as text."""
 
 
 @dataclass(frozen=True)

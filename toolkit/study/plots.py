@@ -82,7 +82,7 @@ def _curve(row: ResultRow, metric: str) -> Curve:
 
 
 def curves_by_parameter(found: StudyResults) -> Iterator[StudyFigure]:
-    """Yield the curves of all runs for the study's metric, colored by one parameter per figure."""
+    """Yield figures with the curves of all runs for the study's metric, each colored by one parameter."""
     results = [result for result in found.results if result.epochs and (found.trials or result.is_finished)]
     keys = varied_keys(results)
     metric = found.table.metric
@@ -111,7 +111,7 @@ def _is_logarithmic(found: StudyResults, key: str, values: Sequence[Any]) -> boo
 
 
 def level_plot(found: StudyResults) -> Iterator[StudyFigure]:
-    """Yield validation and test metrics against a numeric key, such as a dropout rate, if no other key varies."""
+    """Yield a plot of validation and test metrics against a numeric key, such as a dropout rate, if only it varies."""
     rows = [row for row in found.rows if row.finished]
     keys = varied_keys([row.results[0] for row in rows])
     if len(keys) != 1 or found.trials or not all(keys[0] in row.results[0].member.changes for row in rows):
@@ -140,7 +140,7 @@ def _points(rows: Sequence[ResultRow], metric: str) -> list[tuple[float, float]]
 
 
 def best_against_cost(found: StudyResults) -> Iterator[StudyFigure]:
-    """Yield the best value so far against the epochs trained."""
+    """Yield a plot of the best value so far against the number of epochs trained."""
     points = incumbents(found)
     metric = found.table.metric
     if points:
@@ -228,7 +228,7 @@ def comparable(found: StudyResults) -> tuple[list[tuple[RunResult, float]], str]
 
 
 def importances(found: StudyResults) -> Iterator[StudyFigure]:
-    """Yield the plot of the parameters' importance."""
+    """Yield a plot of the importance of the parameters."""
     runs, what = comparable(found)
     shares = parameter_importance(found, runs)
     if shares:
