@@ -15,6 +15,7 @@ from toolkit.cli.cache import cache
 from toolkit.cli.errors import command
 from toolkit.cli.estimate import data, doctor, pack, plan
 from toolkit.cli.export import export, publish, sync
+from toolkit.cli.find_lr import find_lr
 from toolkit.cli.inference import evaluate, explain, predict
 from toolkit.cli.list_names import datasets, models, optimizers, transforms
 from toolkit.cli.new import new
@@ -45,7 +46,8 @@ app = typer.Typer(
 )
 COMMANDS = (
     new, train, recipes, validate, show, diff, plan, data, pack, models, transforms, optimizers, datasets, doctor,
-    bench, cache, submit, status, logs, cancel, study, table, report, evaluate, predict, explain, export, publish, sync,
+    bench, find_lr, cache, submit, status, logs, cancel, study, table, report, evaluate, predict, explain, export,
+    publish, sync,
 )  # fmt: skip
 for function in COMMANDS:
     app.command()(function)
