@@ -150,7 +150,7 @@ def test_status_of_a_study_has_a_row_for_each_of_its_runs(tmp_path: Path) -> Non
 def test_documentation_lists_the_commands_that_take_overrides() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     (sentence,) = re.findall(r"\*\*Overrides\.\*\* (.+?) take `--set", text, re.DOTALL)
-    documented = re.findall(r"`([a-z]+)`", sentence)
+    documented = re.findall(r"`([a-z-]+)`", sentence)
     takes = [name for name, command in commands().items() if any("--set" in param.opts for param in command.params)]
     assert sorted(documented) == sorted(takes)
 

@@ -37,6 +37,9 @@ ELSEWHERE = {
         "test_wandb_report.py::test_a_report_has_table_curves_comparison_and_notes_of_the_studys_runs"
     ),
     r"toolkit report RUN --filters 3,17": "test_report.py::test_first_layer_filters_are_drawn_by_their_number",
+    r"toolkit find-lr .*": (
+        "test_lr_finder.py::test_the_command_prints_a_table_and_the_setting_and_writes_into_the_folder_given"
+    ),
     r"toolkit recipes (show|copy) .*": (
         "test_ready_recipes.py::test_copy_takes_along_what_a_recipe_needs_and_says_what_to_do_next"
     ),

@@ -104,7 +104,7 @@ def test_the_command_prints_a_table_and_the_setting_and_writes_into_the_folder_g
     assert float(rows[-1]["lr"]) == pytest.approx(1)
     (setting,) = [line for line in lines if line.startswith("to use it: ")]
     assert setting.startswith(f"to use it: toolkit train {QUICKSTART} --set optimizer.lr=")
-    assert f"suggestion: {float(setting.partition('lr=')[2]):.2g}"  # a number
+    assert 1e-7 < float(setting.partition("lr=")[2]) < 1
 
 
 def steps_of(averages: list[float]) -> list[RangeStep]:
@@ -153,6 +153,6 @@ def test_a_loss_that_hardly_falls_is_called_unreliable() -> None:
     recipe = load_recipe(QUICKSTART)
     found = lr_finder.suggest(steps_of([2.0 - 0.001 * number for number in range(30)]), planned=30)
     assert not found.is_reliable
-    assert "the loss fell by only 2.1%, so the suggestion is not reliable" in lr_finder.range_test_text(
+    assert "the loss fell by only 1.1%, so the suggestion is not reliable" in lr_finder.range_test_text(
         found, recipe, "toolkit train x.toml"
     )
