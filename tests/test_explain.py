@@ -231,7 +231,7 @@ def test_a_user_s_mistake_gives_one_message(run: Run, copy: Run, monkeypatch: py
     assert "predictions.csv is damaged: row 1 has the probability 'likely'" in message(copy.path)
     right = [f"{row['path']},{row['label']},{row['label']},0.5" for row in run.prediction_records()]
     table.write_text("\n".join([header, *right]) + "\n")
-    assert "misclassified none of its test images: give images to explain" in message(copy.path)
+    assert "misclassified none of its test images: specify images to explain" in message(copy.path)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "captum" else find(name))
     assert "needs captum, which is not installed: pip install 'image-classification-toolkit[explain]'" in message(

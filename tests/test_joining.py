@@ -89,7 +89,7 @@ def test_the_time_limit_is_read_from_the_environment(monkeypatch: pytest.MonkeyP
     assert rendezvous.time_limit(one) == 7.5
     for bad in ("soon", "0", "-3", "nan", "inf"):
         monkeypatch.setenv("TOOLKIT_JOIN_TIMEOUT", bad)
-        with pytest.raises(UserError, match="give the seconds"):
+        with pytest.raises(UserError, match="set it to the seconds"):
             rendezvous.time_limit(one)
 
 

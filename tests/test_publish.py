@@ -140,7 +140,7 @@ def test_without_a_login_the_folder_is_written_and_the_message_says_how_to_push(
     assert outcome.stdout == f"{tmp_path / 'out'}\n"
     assert "not pushed, since there is no login for the Hugging Face Hub" in outcome.stderr
     assert f"hf auth login, then hf upload lab/digits {tmp_path / 'out'} ." in outcome.stderr
-    assert "no license is stated; give one with --license" in outcome.stderr
+    assert "no license is stated; set one with --license" in outcome.stderr
 
 
 def test_a_secret_is_written_to_no_file(run: Run, hub: Hub, tmp_path: Path) -> None:

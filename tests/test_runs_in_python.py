@@ -163,7 +163,7 @@ def test_evaluation_on_other_data_is_kept_in_the_run(run: Run) -> None:
     with pytest.warns(UserWarning, match="no images of 1 of the model's 10 classes: 9"):
         found = run.evaluate(data=run.path.parent / "scans")
     assert found == read_evaluation(run, "scans").metrics
-    with pytest.raises(UserError, match="give it with data"):
+    with pytest.raises(UserError, match="need data, which selects another data set"):
         run.evaluate(name="scans")
     with pytest.raises(UserError, match="only the other data set is read"):
         run.evaluate(data="scans", data_root="elsewhere")

@@ -359,7 +359,7 @@ def test_reading_and_expanding_a_study_does_not_import_torch(tmp_path: Path) -> 
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "nothing varies": ("[study]\n", "[study] varies nothing: give one or more of rows, grid, zip"),
+    "nothing varies": ("[study]\n", "[study] varies nothing: set one or more of rows, grid, zip"),
     "empty grid": ("[study]\ngrid = {}\n", "study.grid is empty, so there are no runs"),
     "empty rows": ("[study]\nrows = []\n", "study.rows is empty"),
     "empty list": ("[study.grid]\noptimizer.lr = []\n", "study.grid.optimizer.lr: the list is empty"),

@@ -129,7 +129,7 @@ class Run(RunDirectory):
         Raises UserError. Under a launcher, all processes call it.
         """
         if data is None and (name is not None or ignore_unknown_classes):
-            raise UserError("name and ignore_unknown_classes are for another data set: give it with data")
+            raise UserError("name and ignore_unknown_classes need data, which selects another data set")
         if data is not None and data_root is not None:
             raise UserError("data_root is where the run's own images are; with data, only the other data set is read")
         from toolkit.distributed.context import distributed_context

@@ -295,7 +295,7 @@ def _subjects(
         return found, len(found)
     files = collect(paths, sys.stdin.buffer.read, log)
     if len(files) > MAX_EXPLAINED:
-        raise UserError(f"{len(files)} images are too many to explain at once; name at most {MAX_EXPLAINED}")
+        raise UserError(f"{len(files)} images are too many to explain at once; specify at most {MAX_EXPLAINED}")
     return subjects_from_files(trained, files, log), len(files)
 
 

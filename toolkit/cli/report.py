@@ -44,7 +44,7 @@ def report(
     numbers = _numbers(filters)
     if _is_study(path):
         if filters is not None:
-            raise UserError("--filters is for runs: give one of the study's run directories")
+            raise UserError("--filters is for runs: specify one of the study's run directories")
         from toolkit.report.study_report import read_study, write_study_report
 
         found = read_study(path)

@@ -100,7 +100,7 @@ class ShardIndex:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not an index of shards, or was truncated: {error}; copy it again") from None
         if facts.pop("version") != VERSION:
-            raise UserError(f"{path} was written by another version of this program; pack the images again")
+            raise UserError(f"{path} was written by another version of this toolkit; pack the images again")
         if not is_whole:
             raise UserError(f"{path} is damaged: its checksum does not match; copy it again")
         for shard in shards:

@@ -113,7 +113,7 @@ def _number(name: str, lowest: int, highest: int | None, default: int) -> int:
     if name == "MASTER_PORT" and text == "0":
         raise UserError(
             "MASTER_PORT = 0: each process would choose a port of its own, so they could not find each other. "
-            "With torchrun, use --standalone instead of --master-port 0, or give a free port, e.g. --master-port 29501"
+            "With torchrun, use --standalone instead of --master-port 0, or set a free port, e.g. --master-port 29501"
         )
     if not text.isascii() or not text.isdigit():
         raise UserError(f"{name} = {text!r} in the environment is not a whole number; the launcher sets it")

@@ -115,7 +115,9 @@ def time_limit(info: ProcessInfo) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:
-        raise UserError(f"{TIMEOUT_VARIABLE} = {text!r}: give the seconds that processes may take to join, e.g. 600")
+        raise UserError(
+            f"{TIMEOUT_VARIABLE} = {text!r}: set it to the seconds that processes may take to join, e.g. 600"
+        )
     return seconds
 
 

@@ -174,7 +174,7 @@ def _contents(data: DataConfig, classes: int | None) -> DatasetCounts:
         facts = info_of(data.dataset, data.name)
         known = classes or facts.class_count(background_class=data.background_class)
         if known is None:
-            message = f"{error}. Without the data the number of classes is not known: give it with --classes"
+            message = f"{error}. Without the data the number of classes is unknown: set it with --classes"
             raise UserError(message) from None
         return DatasetCounts(known, facts.size, facts.channels, None, f"the data are not on this machine ({error})")
     images = {split: len(indices) for split, indices in split_dataset(dataset, data).items()}

@@ -137,7 +137,7 @@ def worst_mistakes(run: Run, trained: TrainedModel, count: int, data_root: Path 
     found = (read_label_predictions if is_multi_label else read_predictions)(run, trained.classes)
     worst = found.worst(count)
     if not len(worst):
-        raise UserError(f"{run.path} misclassified none of its test images: give images to explain")
+        raise UserError(f"{run.path} misclassified none of its test images: specify images to explain")
     dataset, indices = split_images(run, "test", trained, data_root)
     index = {dataset.images.name(int(i)): int(i) for i in indices}
     if unknown := next((found.names[row] for row in worst if found.names[row] not in index), None):
@@ -409,7 +409,7 @@ def explain_run(
         TypeError,
     ) as error:  # for example an architecture that unpacks the layer's output
         raise UserError(
-            f"Grad-CAM does not work at {layer.name} of {trained.table.name} ({first_line(error)}); name another "
+            f"Grad-CAM does not work at {layer.name} of {trained.table.name} ({first_line(error)}); choose another "
             "layer with --layer"
         ) from error
     return layer, found, draw(trained, found, layer, folder, log)

@@ -54,7 +54,7 @@ def collect(
                 raise UserError(f"the list {argument[1:]} cannot be read: {error.strerror}") from None
         found += [path for line in lines for path in images_at(line, log)]
     if not found:
-        raise UserError("no images given: give images, folders, @LIST (one path per line), or - for standard input")
+        raise UserError("no images given: specify images, folders, @LIST (one path per line), or - for standard input")
     return found
 
 

@@ -33,7 +33,7 @@ def construct(
     arguments = {"num_classes": num_classes, "in_chans": channels, **_arguments(table, image_size)}
     module = _create(_full_name(table), arguments)
     if not hasattr(module, "get_classifier"):
-        raise UserError(f"timm's {table.name} has no classifier; name another architecture")
+        raise UserError(f"timm's {table.name} has no classifier; choose another architecture")
     return module, _last_layers(module)
 
 

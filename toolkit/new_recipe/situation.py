@@ -16,7 +16,7 @@ Approach = Literal["convnet", "resnet", "probe", "finetune"]
 """convnet, resnet: trained from scratch on small images. probe: a linear classifier on frozen pretrained features."""
 
 KORNBLITH = "Kornblith et al. 2019, arXiv:1805.08974"
-"""Fixed features against fine-tuning, by the number of images."""
+"""Source of the choice between a linear probe and fine-tuning by the number of images."""
 
 SMALL = 64
 """Maximum median length of the shorter side, in pixels, for images to count as small."""

@@ -129,8 +129,8 @@ class ModelConfig(ConfigModel):
     """Architecture, initial weights and head."""
 
     source: Literal["toolkit", "torchvision", "timm", "plugin"] = Field(
-        description="Library that provides the architecture; toolkit: defined in [model.convnet]; plugin: code of your "
-        "own (docs/plugins.md)."
+        description="Library that provides the architecture; toolkit: defined in [model.convnet]; plugin: your own "
+        "code (docs/plugins.md)."
     )
     name: str = Field(
         "convnet",

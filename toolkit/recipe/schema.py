@@ -133,7 +133,7 @@ class Expectation(ConfigModel):
     @model_validator(mode="after")
     def _one_bound(self) -> Expectation:
         if (self.at_least, self.at_most, self.value) == (None, None, None):
-            raise ValueError("give at_least, at_most, or value with tolerance")
+            raise ValueError("set at_least, at_most, or value with tolerance")
         return self
 
 

@@ -62,8 +62,8 @@ class SchedulerConfig(ConfigModel):
             description="constant: lr in every epoch. step: multiply by gamma every step_size epochs. exponential: "
             "multiply by gamma every epoch. cosine, polynomial: fall from lr to min_lr, along half a cosine or as "
             "(remaining share of the epochs) ** power. one_cycle: rise from start_factor x lr to lr, then fall "
-            "to end_factor x lr. plateau: multiply by gamma when the metric stops improving. plugin:NAME: code of your "
-            "own (docs/plugins.md).",
+            "to end_factor x lr. plateau: multiply by gamma when the metric stops improving. plugin:NAME: your own "
+            "code (docs/plugins.md).",
         )
     )
     args: dict[str, Any] = Field({}, description="plugin: arguments of the schedule.")
@@ -140,7 +140,7 @@ class LossConfig(ConfigModel):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The arguments that the recipe sets, which are those of a plugin."""
+        """The arguments that the recipe sets; these are passed to a plugin."""
         return {name: getattr(self, name) for name in sorted(self.model_fields_set)}
 
 

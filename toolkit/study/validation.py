@@ -90,7 +90,7 @@ def _something_is_varied(table: StudyConfig, given: Mapping[str, Any]) -> Iterat
             yield Issue(f"study.{form} is empty, so there are no runs", ("study", form), at="key")
     if not any(form in given for form in (*FORMS, "space")):
         hint = 'for example [study.grid] with optimizer.lr = [0.1, 0.01], or [[study.rows]] with name = "..."'
-        message = f"[study] varies nothing: give one or more of {', '.join(FORMS)}"
+        message = f"[study] varies nothing: set one or more of {', '.join(FORMS)}"
         yield Issue(message, ("study",), hint=hint, at="key")
 
 

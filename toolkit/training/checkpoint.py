@@ -171,7 +171,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"({first_line(error)})"
         ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} was written by another version of this toolkit: use that one, or start a new run")
+        raise UserError(f"{path} was written by another version of this toolkit: use that version, or start a new run")
     return content
 
 
