@@ -56,6 +56,8 @@ class Dataset:
     """Weight of each image in the training loss, [N]."""
     kept: Mapping[str, PackedStrings] = field(default_factory=dict)
     """Other columns of a table: a text for each image, encoded; by name, encoded."""
+    why_not_cached: str = ""
+    """Why nothing computed from the images may be kept for other runs or epochs; "" if it may."""
 
     @property
     def is_multi_label(self) -> bool:
