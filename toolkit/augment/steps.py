@@ -101,7 +101,9 @@ def _plugin_step(entry: TransformConfig, where: str, image_size: Size) -> Step:
         entry.arguments, image_size=image_size
     )
     if not callable(on_image):
-        raise UserError(f"{where}: {entry.name} gives a {type(on_image).__name__}, which cannot be called with an image")
+        raise UserError(
+            f"{where}: {entry.name} gives a {type(on_image).__name__}, which cannot be called with an image"
+        )
     if entry.apply_p < 1:
         on_image = v2.RandomApply([on_image], p=entry.apply_p)
     return Step(entry.name, entry.arguments, entry.apply_p, on_image)

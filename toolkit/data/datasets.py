@@ -57,7 +57,7 @@ class Dataset:
     kept: Mapping[str, PackedStrings] = field(default_factory=dict)
     """Other columns of a table: a text for each image, encoded; by name, encoded."""
     why_not_cached: str = ""
-    """Why nothing computed from the images may be kept for other runs or epochs; "" if it may."""
+    """Why neither decoded images nor features may be cached; "" if they may."""
 
     @property
     def is_multi_label(self) -> bool:

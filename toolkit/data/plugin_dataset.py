@@ -1,4 +1,4 @@
-"""Data sets of the user's own code: anything with ``__len__`` and ``__getitem__`` as torch.utils.data.Dataset has them."""
+"""Data sets of the user's own code: anything with ``__len__`` and ``__getitem__``, as torch.utils.data.Dataset."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from toolkit.recipe.data_schema import DataConfig
 
 _SPLITS = ("train", "validation", "test")
 
-TRIED = 3
+TRIED = 8
 """Number of images that are read twice when a data set is opened."""
 
 _reading = threading.Lock()
@@ -92,11 +92,14 @@ def open_plugin_dataset(config: DataConfig) -> Dataset:
     multi-label an array of 0 and 1, or a list of classes. Optional attributes, each with one value per image:
     ``targets`` (labels, which are then not taken from the items), ``groups``, ``weights`` and ``names``; and
     ``classes`` (their names) and ``version`` (text; without it images are not cached).
+
+    An item depends on its index alone, so that a run can be repeated, resumed and verified; random augmentation belongs
+    in [augment]. This is checked for :data:`TRIED` items.
     """
     plugin = plugins.find("dataset", str(config.name))
     parts = _splits(plugin.build(config.args), plugin.name, config)
     source = PluginImages(parts, int(json_hash([plugin.record(), config.args, _shared(parts, "version")])[:15], 16))
-    is_random = _is_random(source, plugin.name)
+    _check_items(source, plugin.name)
     labels = {split: _labels(part, plugin.name) for split, part in parts.items()}
     classes = config.class_names or _shared(parts, "classes")
     if classes is None and isinstance(first := next(iter(labels["train"]), None), np.ndarray):
@@ -111,13 +114,7 @@ def open_plugin_dataset(config: DataConfig) -> Dataset:
     examples = read_examples(
         Table(Path(plugin.name), columns, reader, frozenset(["image"])), config.model_copy(update=settings)
     )
-    why = ""
-    notes = [f"{plugin.name}: {plural(len(source), 'image')} of {type(parts['train']).__name__}"]
-    if is_random:
-        why = "the same index gives another image each time"
-        notes.append(f"warning: {plugin.name} augments images by itself, which [augment] train should do: {why}")
-    elif _shared(parts, "version") is None:
-        why = f"{plugin.name} has no attribute `version`, a text to be changed whenever its images change"
+    unversioned = f"{plugin.name} has no attribute `version`, a text to be changed whenever its images change"
     return Dataset(
         name=plugin.name,
         classes=examples.classes,
@@ -126,10 +123,10 @@ def open_plugin_dataset(config: DataConfig) -> Dataset:
         lists=examples.lists,
         native_size=None,
         native_channels=3,
-        notes=tuple(notes),
+        notes=(f"{plugin.name}: {plural(len(source), 'image')} of {type(parts['train']).__name__}",),
         groups=examples.groups,
         weights=examples.weights,
-        why_not_cached=why,
+        why_not_cached=unversioned if _shared(parts, "version") is None else "",
     )
 
 
@@ -187,7 +184,12 @@ def _rows(
         values = {column: getattr(part, attribute) for column, attribute in optional.items()}
         for i, label in enumerate(labels[split]):
             shown = np.flatnonzero(label).tolist() if isinstance(label, np.ndarray) else label
-            row = {"image": None, "label": shown, "split": split, **{key: _plain(each[i]) for key, each in values.items()}}
+            row = {
+                "image": None,
+                "label": shown,
+                "split": split,
+                **{key: _plain(each[i]) for key, each in values.items()},
+            }
             yield number, [row[column] for column in wanted]
             number += 1
 
@@ -212,12 +214,18 @@ def _as_array(image: Any) -> npt.NDArray[Any]:
     raise TypeError(f"a {type(image).__name__} is not an image: a Pillow image, an array or a tensor is needed")
 
 
-def _is_random(source: PluginImages, name: str) -> bool:
-    """Return whether some image differs when it is read again. Raises UserError if the first one cannot be read."""
+def _check_items(source: PluginImages, name: str) -> None:
+    """Raise UserError if some images cannot be read, or differ when they are read again."""
     if len(source) == 0:
         raise UserError(f"the data set {name!r} has no images")
     indices = range(0, len(source), -(-len(source) // TRIED))
     try:
-        return any(read_bytes(source, i) != read_bytes(source, i) for i in indices)
+        changed = [i for i in indices if read_bytes(source, i) != read_bytes(source, i)]
     except Exception as error:  # the user's own code may raise anything
         raise UserError(f"the data set {name!r} fails: {type(error).__name__}: {first_line(error)}") from error
+    if changed:
+        raise UserError(
+            f"the data set {name!r} gives another image when {source.name(changed[0])} is read again, so that runs "
+            "could not be repeated or resumed: return images without augmentation, and name the transform in [augment] "
+            'train, as { name = "plugin:NAME" } if it is your own'
+        )

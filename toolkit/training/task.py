@@ -65,7 +65,9 @@ class PluginMetric:
         """``name``: as in the recipe. Raises UserError if there is no such plugin, or it fails on random labels."""
         self.name = name.removeprefix(PREFIX)
         if self.name in MEASURES:
-            raise UserError(f"train.metrics: {self.name!r} is the name of a built-in metric; give the plugin another one")
+            raise UserError(
+                f"train.metrics: {self.name!r} is the name of a built-in metric; give the plugin another one"
+            )
         self.function = find("metric", self.name).build({}, num_classes=num_classes)
         random = np.random.default_rng(0)
         scores = random.random((4 * num_classes, num_classes))
