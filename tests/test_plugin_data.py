@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from finished import CONVNET
 from PIL import Image, ImageDraw, ImageOps
+from sklearn.datasets import load_digits
+from torchvision.transforms import v2
+from trainers import RECIPE as SMALL
+from trainers import Trainers, at_call, kill_self
 
 from toolkit import plugins
 from toolkit.data.dataset_report import analyze_dataset
 from toolkit.data.datasets import open_dataset
 from toolkit.data.image_sources import UnreadableImageError
 from toolkit.errors import UserError
-from toolkit.recipe import loads_recipe
+from toolkit.recipe import RecipeError, loads_recipe
 from toolkit.recipe.schema import DataConfig, Recipe
-from toolkit.runs import Run
+from toolkit.runs import Run, open_run
 from toolkit.training.fit import fit
+from toolkit.training.train_step import TrainStep
 
 SHAPES = ("circle", "square", "triangle")
 
@@ -217,7 +226,7 @@ def test_a_data_set_that_augments_images_itself_is_refused(register: Callable[..
         opened(register, Random(30))
 
 
-def test_images_are_cached_only_with_a_version(register: Callable[..., None], tmp_path: Any) -> None:
+def test_images_are_cached_only_with_a_version(register: Callable[..., None], tmp_path: Path) -> None:
     register("dataset", "shapes", Shapes)
     recipe = recipe_with(tmp_path, 'data.cache="memory"')
     plain = fit(recipe, quiet=True)
@@ -226,10 +235,159 @@ def test_images_are_cached_only_with_a_version(register: Callable[..., None], tm
     register("dataset", "shapes", lambda: Shapes(version="1"))
     cached = fit(recipe, quiet=True)
     assert "cached: images of train" in log_of(cached)
-    assert cached.epochs()[-1]["val/loss"] == plain.epochs()[-1]["val/loss"]
+    assert cached.epoch_records()[-1]["val/loss"] == plain.epoch_records()[-1]["val/loss"]
 
 
-def test_toolkit_data_describes_a_data_set_of_the_users_own(register: Callable[..., None], tmp_path: Any) -> None:
+def test_toolkit_data_describes_a_data_set_of_the_users_own(register: Callable[..., None], tmp_path: Path) -> None:
     register("dataset", "shapes", lambda: Shapes(classes=SHAPES))
     found = analyze_dataset(recipe_with(tmp_path), lambda line: None)
     assert {split: sum(counts) for split, counts in found.counts.items()} == {"train": 65, "validation": 7, "test": 18}
+
+
+def digits() -> Any:
+    """The digits as a data set of the user's own."""
+    found = load_digits()
+    pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)
+
+    class Digits:
+        targets, classes, version = found.target, tuple("0123456789"), "1"
+
+        def __len__(self) -> int:
+            return len(pixels)
+
+        def __getitem__(self, i: int) -> tuple[Any, Any]:
+            return pixels[i], found.target[i]
+
+    return Digits()
+
+
+class Flip:
+    """A transform of the user's own that draws from the three global generators."""
+
+    def __init__(self, p: float, generator: str = "torch") -> None:
+        self.p, self.generator = p, generator
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        draws = {"torch": lambda: float(torch.rand(1)), "numpy": np.random.random, "python": random.random}
+        return ImageOps.mirror(image) if draws[self.generator]() < self.p else image
+
+
+def accuracy() -> Callable[..., float]:
+    return lambda labels, probabilities: float((probabilities.argmax(1) == labels).mean())
+
+
+PLUGINS = ("--set", 'data.dataset="plugin"', "--set", 'data.name="digits"', "--set", 'train.metrics=["plugin:right"]')
+IMAGES = (
+    "--set",
+    "data.image_size=8",
+    "--set",
+    "data.channels=1",
+    "--set",
+    'augment.run_on="workers"',
+    "--set",
+    "data.workers=0",
+)
+
+
+def with_transform(name: str) -> tuple[str, ...]:
+    entry = f'{{ name = "{name}", p = 0.5 }}'
+    return "--set", f"augment.train=[{entry}]"
+
+
+@pytest.fixture
+def registered(register: Callable[..., None]) -> None:
+    register("dataset", "digits", digits)
+    register("transform", "flip", Flip)
+    register("transform", "torchvision_flip", v2.RandomHorizontalFlip)
+    register("metric", "right", accuracy)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_plugins_give_the_run_of_their_built_in_counterparts(processes: int, registered: None, tmp_path: Path) -> None:
+    """Compare the digits with a flip, built in and as plugins; as plugins also killed and resumed."""
+    expected = run_of(processes, tmp_path / "built-in", *IMAGES, *with_transform("RandomHorizontalFlip"))
+    arguments = (*IMAGES, *PLUGINS, *with_transform("plugin:torchvision_flip"))
+    found = run_of(processes, tmp_path / "plugins", *arguments)
+    killed = run_of(processes, tmp_path / "killed", *arguments, status=-9, prepare=kill_at_step_6)
+    resumed = run_of(processes, tmp_path / "killed", *arguments, "--resume", str(killed.path))
+    for run in (found, resumed):
+        for record in (records := run.epoch_records()):
+            assert record.pop("val/right") == record["val/accuracy"]
+        assert records == expected.epoch_records()
+        for model in ("best", "last"):
+            assert run.summary[model]["test_right"] == run.summary[model]["test_accuracy"]
+        assert run.best_weights.read_bytes() == expected.best_weights.read_bytes()
+
+
+def kill_at_step_6(rank: int) -> None:
+    at_call(TrainStep, "_update", 6, kill_self)
+
+
+def run_of(processes: int, folder: Path, *arguments: str, status: int = 0, **named: Any) -> Run:
+    folder.mkdir(exist_ok=True)
+    recipe = folder / "small.toml"
+    recipe.write_text(SMALL.format(root=folder / "runs") + CONVNET)
+    trainers = Trainers(processes, folder, recipe, *arguments, **named)
+    assert trainers.wait()[0] == status, trainers.text()
+    (path,) = (folder / "runs" / "small").iterdir()
+    return open_run(path)
+
+
+@pytest.mark.parametrize("generator", ["torch", "numpy", "python"])
+def test_random_numbers_of_a_transform_depend_on_the_example_alone(
+    generator: str, registered: None, tmp_path: Path
+) -> None:
+    """Whichever global generator it uses: with data workers, two runs are equal."""
+    entry = f'{{ name = "plugin:flip", p = 0.5, generator = "{generator}" }}'
+    settings = ['data.dataset="plugin"', 'data.name="digits"', "data.image_size=8", f"augment.train=[{entry}]"]
+    settings += ["data.images_per_class=9", "data.test_images_per_class=3"]
+    runs = [fit(recipe_with(tmp_path, *settings, f"data.workers={workers}"), quiet=True) for workers in (0, 2)]
+    assert runs[0].epoch_records() == runs[1].epoch_records()
+
+
+def test_names_and_arguments_of_transforms_and_metrics_are_checked(registered: None) -> None:
+    text = RECIPE.format(root="runs").replace('name = "shapes"\nimage', 'name = "digits"\nimage')
+    faults = {
+        'augment.train=[{ name = "plugin:flop", p = 0.5 }]': "no transform plugin 'flop' is loaded",
+        'augment.train=[{ name = "plugin:flip" }]': "flip needs p",
+        'augment.train=[{ name = "plugin:flip", p = 0.5, generatr = "torch" }]': 'flip takes no argument "generatr"',
+        'train.metrics=["plugin:left"]': "no metric plugin 'left' is loaded",
+        'data.name="digit"': "no dataset plugin 'digit' is loaded",
+        "data.args={ size = 8 }": 'digits takes no argument "size"',
+    }
+    for setting, message in faults.items():
+        with pytest.raises(RecipeError) as caught:
+            loads_recipe(text, [setting])
+        assert message in str(caught.value)
+    with pytest.raises(RecipeError, match='must be given with dataset = "plugin"'):
+        loads_recipe(text.replace('name = "digits"\n', ""))
+
+
+FAULTY_METRICS: dict[str, tuple[Callable[..., Any], str]] = {
+    "nan": (lambda labels, probabilities: math.nan, "the metric 'mine' is nan for random labels"),
+    "vector": (lambda labels, probabilities: probabilities.max(1), "the metric 'mine' failed: TypeError"),
+    "raises": (lambda labels: 1.0, "the metric 'mine' failed: TypeError"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY_METRICS)
+def test_a_faulty_metric_is_found_before_training(
+    fault: str, register: Callable[..., None], registered: None, tmp_path: Path
+) -> None:
+    function, message = FAULTY_METRICS[fault]
+    register("metric", "mine", lambda: function)
+    settings = ['data.name="digits"', "data.image_size=8", 'train.metrics=["plugin:mine"]']
+    with pytest.raises(UserError) as caught:
+        fit(recipe_with(tmp_path, *settings), quiet=True)
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_metric_may_not_have_the_name_of_a_built_in_one(
+    register: Callable[..., None], registered: None, tmp_path: Path
+) -> None:
+    register("metric", "macro_f1", accuracy)
+    settings = ['data.name="digits"', "data.image_size=8", 'train.metrics=["plugin:macro_f1"]']
+    with pytest.raises(UserError, match="'macro_f1' is the name of a built-in metric"):
+        fit(recipe_with(tmp_path, *settings), quiet=True)

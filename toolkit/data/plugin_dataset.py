@@ -98,7 +98,7 @@ def open_plugin_dataset(config: DataConfig) -> Dataset:
     """
     plugin = plugins.find("dataset", str(config.name))
     parts = _splits(plugin.build(config.args), plugin.name, config)
-    source = PluginImages(parts, int(json_hash([plugin.record(), config.args, _shared(parts, "version")])[:15], 16))
+    source = PluginImages(parts, int(json_hash([plugin.record, config.args, _shared(parts, "version")])[:15], 16))
     _check_items(source, plugin.name)
     labels = {split: _labels(part, plugin.name) for split, part in parts.items()}
     classes = config.class_names or _shared(parts, "classes")

@@ -143,6 +143,9 @@ def data(recipe: Recipe) -> Iterator[Issue]:
             yield warning(f"data.{key}", no_effect, "data.dataset", at="key")
     if table.dataset == "table":
         yield from _table(table)
+    if table.dataset == "plugin" and table.name is None:
+        hint = "the name of your own data set, see docs/plugins.md"
+        yield error("data.name", 'must be given with dataset = "plugin"', "data.dataset", hint=hint, at="table")
 
 
 def _table(table: DataConfig) -> Iterator[Issue]:

@@ -47,8 +47,10 @@ from toolkit.training.task import EvalResult
 from toolkit.training.train_step import RunningMetrics, TrainCallbacks
 
 EpochCallback = Callable[[Run, dict[str, Any]], object]
-"""Called on the main process at the end of each epoch with the run and the epoch's line of metrics.jsonl; returning True
-ends the training, as early stopping does. After a kill within it, a resumed run calls it again for the same epoch."""
+"""Called on the main process at the end of each epoch, with the run and the epoch's line of metrics.jsonl.
+
+Returning True ends the training, as early stopping does. A resumed run calls it again for an epoch that was not saved.
+"""
 
 ADVICE = "Try a smaller optimizer.lr, train.max_grad_norm, or scheduler.warmup_epochs"
 
@@ -183,7 +185,7 @@ class Trainer:
         run = self.run
         if run is None or not self.callbacks:
             return False
-        return main_only(self.accelerator, lambda: any([callback(run, record) is True for callback in self.callbacks]))
+        return main_only(self.accelerator, lambda: True in [callback(run, record) for callback in self.callbacks])
 
     def _is_best(self, record: dict[str, Any]) -> bool:
         """Return whether an epoch is the best so far; with train.best_metric = "last", only the final epoch is."""
