@@ -40,7 +40,7 @@ def new(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="data.KEY=VALUE", help="Key of [data] that says how the data are read; the value is TOML."
+            "--set", metavar="DATA.KEY=VALUE", help="Key of [data] that says how the data are read; the value is TOML."
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
