@@ -40,6 +40,9 @@ ELSEWHERE = {
     r"toolkit find-lr .*": (
         "test_lr_finder.py::test_the_command_prints_a_table_and_the_setting_and_writes_into_the_folder_given"
     ),
+    r"toolkit .*--plugin (my_net|my_train\.py|MODULE)( .*)?|toolkit predict runs/tiny image\.png": (
+        "test_plugin_page.py::test_the_examples_give_the_output_that_is_shown"
+    ),
     r"toolkit recipes (show|copy) .*": (
         "test_ready_recipes.py::test_copy_takes_along_what_a_recipe_needs_and_says_what_to_do_next"
     ),

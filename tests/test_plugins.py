@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cli import toolkit
+from plugin_modules import WriteModule, write_module
 
 from toolkit import plugins
 from toolkit.errors import UserError
 from toolkit.recipe import RecipeError, load_recipe, loads_recipe
 from toolkit.recipe.resolve import resolved_toml
+
+__all__ = ["write_module"]
 
 RECIPE = """
 [recipe]
@@ -61,26 +62,6 @@ def sawtooth(period: int): ...
 def poly(alpha: list[float], num_classes: int): ...
 """
 
-WriteModule = Callable[..., Path]
-
-
-@pytest.fixture
-def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteModule:
-    """Return a function that writes a module to tmp_path; no plugin is loaded before, and none stays loaded."""
-    monkeypatch.setattr(plugins, "_registered", {})
-    monkeypatch.setattr(plugins, "_loaded", set())
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    monkeypatch.setenv(plugins.VARIABLE, "")
-    monkeypatch.chdir(tmp_path)
-
-    def write(text: str = MODULE, name: str = "own") -> Path:
-        path = tmp_path / f"{name}.py"
-        path.write_text(textwrap.dedent(text))
-        return path
-
-    return write
-
 
 def diagnostics(text: str) -> str:
     with pytest.raises(RecipeError) as caught:
@@ -92,7 +73,7 @@ def diagnostics(text: str) -> str:
 def test_modules_are_loaded_by_name_or_path_and_passed_on_to_other_processes(
     write_module: WriteModule, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_module()
+    path = write_module(MODULE)
     plugins.use_modules([form])
     assert plugins.names("model") == ["tiny_net"]
     assert plugins.find("optimizer", "descent").takes("lr")
@@ -106,7 +87,7 @@ def test_modules_are_loaded_by_name_or_path_and_passed_on_to_other_processes(
 
 
 def test_a_recipe_with_plugins_is_valid_if_they_are_loaded(write_module: WriteModule) -> None:
-    write_module()
+    write_module(MODULE)
     text = diagnostics(RECIPE)
     for kind, name in (("model", "tiny_net"), ("optimizer", "descent"), ("schedule", "sawtooth"), ("loss", "poly")):
         assert f"no {kind} plugin {name!r} is loaded" in text
@@ -169,7 +150,7 @@ def test_a_recipe_can_be_read_without_its_plugins(tmp_path: Path, write_module: 
 def test_names_and_arguments_are_checked_against_the_signature(
     write_module: WriteModule, old: str, new: str, message: str, hint: str
 ) -> None:
-    write_module()
+    write_module(MODULE)
     plugins.use_modules(["own"])
     assert old in RECIPE
     text = diagnostics(RECIPE.replace(old, new))
@@ -199,8 +180,8 @@ def test_faulty_modules_are_one_message(write_module: WriteModule, tmp_path: Pat
 
 
 def test_two_files_cannot_register_the_same_name(write_module: WriteModule) -> None:
-    write_module()
-    write_module(name="other")
+    write_module(MODULE)
+    write_module(MODULE, "other")
     with pytest.raises(UserError, match="other cannot be imported: UserError: two plugins are named 'tiny_net'"):
         plugins.use_modules(["own", "other"])
 
@@ -211,7 +192,7 @@ def test_an_unknown_kind_is_refused() -> None:
 
 
 def test_the_record_identifies_the_file(write_module: WriteModule) -> None:
-    path = write_module()
+    path = write_module(MODULE)
     plugins.use_modules(["own"])
     recipe = loads_recipe(RECIPE)
     found = plugins.records(recipe)
@@ -222,6 +203,7 @@ def test_the_record_identifies_the_file(write_module: WriteModule) -> None:
         "module": "own",
         "version": None,
         "file": "own.py",
+        "loaded_with": "own",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     assert plugins.records(recipe, ["loss"]) == found[3:]
@@ -234,7 +216,7 @@ def test_entry_points_of_installed_packages_are_plugins(write_module: WriteModul
     (package / "own_nets.py").write_text("def wide(num_classes: int, factor: float = 2.0): ...\n")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own-nets\nVersion: 1.2\n")
     (info / "entry_points.txt").write_text("[toolkit.models]\nwide_net = own_nets:wide\nbroken = missing:net\n")
-    write_module()
+    write_module(MODULE)
     sys.path.append(str(package))
     assert plugins.names("model") == ["broken", "wide_net"]
     assert "own_nets" not in sys.modules, "it is imported only if a recipe names it"
@@ -246,7 +228,7 @@ def test_entry_points_of_installed_packages_are_plugins(write_module: WriteModul
 
 
 def test_commands_load_plugins_with_an_option(write_module: WriteModule, tmp_path: Path) -> None:
-    write_module()
+    write_module(MODULE)
     (tmp_path / "recipe.toml").write_text(RECIPE)
     found = toolkit("validate", "recipe.toml")
     assert found.status == 2

@@ -26,11 +26,11 @@ from toolkit.training.train_step import RunningMetrics, TrainCallbacks
 from toolkit.training.trainer import Trainer
 
 SMOOTHING = 0.98
-"""Weight of the previous average in the moving average of the loss, as in fastai."""
+"""Weight of the past in the moving average of the loss, as in fastai."""
 DIVERGED = 4.0
 """The test ends when the average loss exceeds this multiple of its minimum, as in fastai."""
 FEWEST = 8
-"""Minimum number of steps for suggesting a learning rate."""
+"""Fewest steps from which a learning rate is suggested."""
 LITTLE = 0.1
 """If the average loss falls by less than this fraction, the suggestion is marked as unreliable."""
 NAME = "lr_finder"
@@ -150,8 +150,8 @@ def suggest(steps: list[RangeStep], planned: int) -> RangeTest:
     kept = kept[planned // 10 : -5]
     if len(kept) < FEWEST:
         raise UserError(
-            f"the range test has {len(kept)} usable steps, but at least {FEWEST} are needed (the loss diverged at "
-            f"learning rate {steps[-1].lr:.2g}): set a smaller --min-lr, or more --steps"
+            f"the range test has {len(kept)} steps to judge, at least {FEWEST} are needed (the loss diverged at "
+            f"learning rate {steps[-1].lr:.2g}): give a smaller --min-lr, or more --steps"
         )
     averages = [step.average for step in kept]
     lowest = min(range(len(kept)), key=averages.__getitem__)
@@ -169,8 +169,8 @@ def suggest(steps: list[RangeStep], planned: int) -> RangeTest:
 def valley(losses: Sequence[float]) -> int:
     """Return the index in the middle of the longest fall: fastai's "valley".
 
-    The fall is the longest decreasing subsequence (dynamic programming in quadratic time). fastai considers the
-    interval that ends at its last element and has as many elements, and takes the middle of its middle third.
+    The fall is the longest decreasing subsequence (dynamic programming in quadratic time); fastai takes the index half
+    way through the middle third of the interval that ends where it ends and is as long as it has members.
     """
     lengths = [1] * len(losses)
     for index, loss in enumerate(losses):
@@ -187,7 +187,7 @@ def rounded(lr: float) -> float:
 
 
 def range_test_text(result: RangeTest, recipe: Recipe, command: str) -> str:
-    """Format the result for a terminal: about ten of the steps, the suggestions, and a command that uses them."""
+    """Format the result for a terminal: about ten of the steps, the suggestions, and the setting to try."""
     step = max(1, len(result.steps) // 10)
     rows = [(f"{one.lr:.2e}", f"{one.loss:.4f}", f"{one.average:.4f}") for one in result.steps[step - 1 :: step]]
     lines = [table(rows, ("optimizer.lr", "loss", "average"), frozenset((0, 1, 2))), ""]
@@ -220,17 +220,17 @@ def write_range_test(result: RangeTest, recipe: Recipe, folder: Path, log: Calla
 
 
 def _figure(result: RangeTest, recipe: Recipe) -> Any:
-    """Plot the loss and its average against the learning rate, with the suggestion and the recipe's value."""
-    from toolkit.report.plot_style import BLUE, INK, SKY, VERMILION, fitted, labeled_axes
+    """Plot the loss and its average over the learning rate, with the suggestion and the recipe's value."""
+    from toolkit.report.plot_style import BLUE, GRID, INK, VERMILION, fitted, labeled_axes
 
     title = fitted(f"{recipe.recipe.name}: learning-rate range test", 5.3)
     figure, axes = labeled_axes("learning rate (optimizer.lr)", "training loss", title, (6.3, 3.6), integers=False)
     lrs = [step.lr for step in result.steps]
     axes.set_xscale("log")
-    axes.plot(lrs, [step.loss for step in result.steps], color=SKY, linewidth=1.0, label="of each step")
+    axes.plot(lrs, [step.loss for step in result.steps], color=GRID, linewidth=1.0, label="of each step")
     axes.plot(lrs, [step.average for step in result.steps], color=BLUE, linewidth=1.6, label="moving average")
     axes.axvline(result.valley, color=VERMILION, linewidth=1.2, label=f"suggestion: {result.valley:.2g}")
     axes.axvline(recipe.optimizer.lr, color=INK, linewidth=1.0, linestyle=":", label=f"recipe: {recipe.optimizer.lr:g}")
-    axes.set_ylim(0, 2 * result.steps[0].loss)  # a loss that diverges would flatten the rest
+    axes.set_ylim(top=1.3 * max(result.steps[0].loss, *(s.average for s in result.steps if math.isfinite(s.average))))
     axes.legend(loc="best")
     return figure

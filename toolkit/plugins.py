@@ -12,6 +12,8 @@ Importing this module does not import torch.
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -66,6 +68,8 @@ class Plugin:
     factory: Callable[..., Any]
     distribution: str | None = None
     """Installed package whose entry point it is; None for a module of --plugin and for objects given by the caller."""
+    loaded_with: str | None = None
+    """What --plugin loaded it: the name of a module or file; None if the program registered it."""
 
     @cached_property
     def _parameters(self) -> dict[str, inspect.Parameter]:
@@ -106,7 +110,10 @@ class Plugin:
 
     @cached_property
     def _module(self) -> ModuleType | None:
-        return inspect.getmodule(self.factory) or inspect.getmodule(type(self.factory))
+        factory: Any = self.factory
+        if isinstance(factory, functools.partial):
+            factory = factory.args[0] if factory.func is copy.deepcopy else factory.func  # a copied module
+        return inspect.getmodule(factory) or inspect.getmodule(type(factory))
 
     @property
     def file(self) -> str | None:
@@ -123,12 +130,15 @@ class Plugin:
             "module": getattr(self._module, "__name__", None),
             "version": version(self.distribution) if self.distribution else _version(self._module),
             "file": self.file and os.path.basename(self.file),
+            "loaded_with": self.loaded_with,
             "sha256": self.file and hashlib.sha256(Path(self.file).read_bytes()).hexdigest(),
         }
 
 
 _registered: dict[tuple[str, str], Plugin] = {}
 _loaded: set[str] = set()
+_loading: list[str] = []
+"""Modules that are being imported; the last one registers plugins now."""
 
 
 def register(kind: str, name: str | None = None) -> Callable[[F], F]:
@@ -141,15 +151,15 @@ def register(kind: str, name: str | None = None) -> Callable[[F], F]:
         raise UserError(f"register({kind!r}): the kinds are {', '.join(PROVIDED)}")
 
     def decorate(factory: F) -> F:
-        add(Plugin(kind, name or factory.__name__, factory))
+        add(Plugin(kind, name or factory.__name__, factory, loaded_with=_loading[-1] if _loading else None))
         return factory
 
     return decorate
 
 
-def add(plugin: Plugin) -> None:
-    """Add a plugin. Raises UserError if another factory already has its name, unless it is the same one, reloaded."""
-    known = _registered.get((plugin.kind, plugin.name))
+def add(plugin: Plugin, *, replace: bool = False) -> None:
+    """Add a plugin. Raises UserError if one of another file has its name, unless it may ``replace`` it."""
+    known = None if replace else _registered.get((plugin.kind, plugin.name))
     if known is not None and known.file != plugin.file:
         raise UserError(
             f"two plugins are named {plugin.name!r} ({plugin.kind}): one in {known.file}, one in {plugin.file}; give "
@@ -219,19 +229,11 @@ def named_plugins(recipe: Recipe) -> Iterator[NamedPlugin]:
     model, optimizer, schedule, train = recipe.model, recipe.optimizer, recipe.scheduler, recipe.train
     if model.source == "plugin":
         yield NamedPlugin("model", model.name, ("model", "name"), model.args, ("model", "args"))
-    if recipe.data.dataset == "plugin" and recipe.data.name is not None:
-        yield NamedPlugin("dataset", recipe.data.name, ("data", "name"), recipe.data.args, ("data", "args"))
     others = [
         NamedPlugin("optimizer", optimizer.name, ("optimizer", "name"), optimizer.args, ("optimizer", "args")),
         NamedPlugin("schedule", schedule.name, ("scheduler", "name"), schedule.args, ("scheduler", "args")),
         NamedPlugin("loss", train.loss, ("train", "loss"), train.loss_args.given, ("train", "loss_args")),
     ]
-    for split in ("train", "validation", "test"):
-        for index, entry in enumerate(getattr(recipe.augment, split)):
-            path: KeyPath = ("augment", split, index)
-            others.append(NamedPlugin("transform", entry.name, (*path, "name"), entry.arguments, path))
-    for index, name in enumerate(train.metrics):
-        others.append(NamedPlugin("metric", name, ("train", "metrics", index), {}, ("train", "metrics", index)))
     for use in others:
         if use.name.startswith(PREFIX):
             yield use._replace(name=use.name.removeprefix(PREFIX))
@@ -273,12 +275,15 @@ def _import(module: str) -> None:
         folder, name = os.path.dirname(module), Path(module).stem
     if folder not in sys.path:
         sys.path.append(folder)
+    _loading.append(os.path.basename(module))
     try:
         imported = importlib.import_module(name)
     except Exception as error:  # user code may raise any exception
         raise UserError(
             f"the plugin module {module} cannot be imported: {type(error).__name__}: {first_line(error)}"
         ) from error
+    finally:
+        _loading.pop()
     found = getattr(imported, "__file__", None)
     if module.endswith(".py") and (found is None or not os.path.samefile(found, module)):
         raise UserError(f"--plugin {module}: another module is named {name!r} ({found}); rename the file")

@@ -1,4 +1,7 @@
-"""The models, transforms, optimizers and datasets commands: names that a recipe can use. They do not import torch."""
+"""The models, transforms, optimizers, datasets and plugins commands: names that a recipe can use.
+
+They do not import torch, unless a plugin does.
+"""
 
 from __future__ import annotations
 
@@ -131,6 +134,28 @@ def datasets(pattern: Pattern = None, as_json: AsJson = False) -> None:
         del entry["opener"], entry["torchvision_class"]
         entry["arguments"] = arguments.get(entry["name"], {})
     rows = [(name, known[name].description, known[name].source, _arguments(arguments.get(name, {}))) for name in names]
+    _show(found, rows, as_json)
+
+
+@command
+def plugins(pattern: Pattern = None, as_json: AsJson = False) -> None:
+    """List the plugins that are loaded: those of --plugin, and those of installed packages.
+
+    Shows kind, name, the arguments that a recipe can give, and where each is defined.
+
+    Example: toolkit plugins --plugin my_net
+    """
+    from toolkit.plugins import PROVIDED, find, names
+
+    loaded = [find(kind, name) for kind in PROVIDED for name in names(kind)]
+    if not loaded:
+        raise UserError("no plugins are loaded: name a module with --plugin MODULE")
+    shown = set(matching(pattern, [plugin.name for plugin in loaded], "plugin"))
+    chosen = [plugin for plugin in loaded if plugin.name in shown]
+    found = [plugin.record | {"arguments": plugin.arguments} for plugin in chosen]
+    rows = [
+        (plugin.kind, plugin.name, plugin.record["module"] or "", _arguments(plugin.arguments)) for plugin in chosen
+    ]
     _show(found, rows, as_json)
 
 

@@ -17,7 +17,7 @@ from toolkit.cli.estimate import data, doctor, pack, plan
 from toolkit.cli.export import export, publish, sync
 from toolkit.cli.find_lr import find_lr
 from toolkit.cli.inference import evaluate, explain, predict
-from toolkit.cli.list_names import datasets, models, optimizers, transforms
+from toolkit.cli.list_names import datasets, models, optimizers, plugins, transforms
 from toolkit.cli.new import new
 from toolkit.cli.options import AsJson, RunPath
 from toolkit.cli.ready_recipes import recipes
@@ -45,9 +45,10 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 COMMANDS = (
-    new, train, recipes, validate, show, diff, plan, data, pack, models, transforms, optimizers, datasets, doctor,
-    bench, find_lr, cache, submit, status, logs, cancel, study, table, report, evaluate, predict, explain, export,
-    publish, sync,
+    new, train, recipes, validate, show, diff, plan, data, pack, models, transforms, optimizers, datasets, plugins,
+    new, train, recipes, validate, show, diff, plan, data, pack, models, transforms, optimizers, datasets, plugins,
+    doctor, bench, find_lr, cache, submit, status, logs, cancel, study, table, report, evaluate, predict, explain,
+    export, publish, sync,
 )  # fmt: skip
 for function in COMMANDS:
     app.command()(function)

@@ -160,7 +160,7 @@ def data_config(data: str, recipe: Recipe, split: str | None) -> DataConfig:
     """
     path = Path(data)
     if path.suffix == ".toml":
-        return with_defaults(load_recipe(path)).data
+        return with_defaults(load_recipe(path, with_plugins=False)).data
     if path.is_dir() or path.suffix.lower() in (".zip", ".tar"):
         return DataConfig(dataset="imagefolder", root=data, class_folders=recipe.data.class_folders)
     if path.suffix.lower() in FORMATS:

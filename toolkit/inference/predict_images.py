@@ -10,7 +10,6 @@ from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 
 from toolkit.data.array_images import WrongLayout, with_channels
@@ -99,7 +98,7 @@ def predict_images(
         raise UserError(f"top_k is {top_k}: it must be at least 1")
     items = list(_expanded(images))
     if not items:
-        raise UserError("no images given: specify paths, folders, PIL images or uint8 arrays [h, w, C]")
+        raise UserError("no images given: give paths, folders, PIL images or uint8 arrays [h, w, C]")
     trained, train = run.model, run.recipe.train
     given = GivenImages(trained, items)
     with distributed_context(train) as accelerator:
@@ -113,7 +112,6 @@ def predict_images(
             autocast_dtype=autocast_dtype(accelerator.mixed_precision),
             channels_last=train.channels_last,
         )
-    trained.module.to("cpu").to(memory_format=torch.contiguous_format)  # as it was loaded: users call run.model too
     _report_failures(found)
     return list(_records(items, found))
 

@@ -18,7 +18,7 @@ from toolkit.recipe.image_size import Size
 
 @dataclass(frozen=True)
 class DryForwardResult:
-    """Result of one forward pass in training mode with two images."""
+    """Result of one forward pass with two images."""
 
     output: Any
     random: tuple[str, ...]
@@ -27,16 +27,16 @@ class DryForwardResult:
     """Names of the parameters used, in the order of their first use."""
 
 
-def probe(module: nn.Module, channels: int, image_size: Size) -> DryForwardResult:
-    """Run two images through the module in training mode, leaving its parameters, buffers and modes unchanged.
+def probe(module: nn.Module, channels: int, image_size: Size, *, training: bool = True) -> DryForwardResult:
+    """Run two images through the module in training or evaluation mode; parameters, buffers and modes are unchanged.
 
     Raises whatever the model raises for images of this size.
     """
     try:
-        return _probe_on(torch.device("meta"), module, channels, image_size)
+        return _probe_on(torch.device("meta"), module, channels, image_size, training)
     except Exception:
         # A few models read values, which meta tensors do not have. Errors with other causes recur on the CPU.
-        return _probe_on(torch.device("cpu"), module, channels, image_size)
+        return _probe_on(torch.device("cpu"), module, channels, image_size, training)
 
 
 def input_shape(module: nn.Module, name: str, channels: int, image_size: Size) -> tuple[int, ...]:
@@ -54,11 +54,13 @@ def input_shape(module: nn.Module, name: str, channels: int, image_size: Size) -
     return shapes[0]
 
 
-def _probe_on(device: torch.device, module: nn.Module, channels: int, image_size: Size) -> DryForwardResult:
+def _probe_on(
+    device: torch.device, module: nn.Module, channels: int, image_size: Size, training: bool
+) -> DryForwardResult:
     images = torch.zeros(2, channels, *image_size, device=device)
     with (
         torch.no_grad(),
-        _training_without_dropout(module),
+        _without_dropout(module, training),
         torch.random.fork_rng(devices=[]),
         _copies_on(device, module),
         _Recorder(module) as recorder,
@@ -96,10 +98,10 @@ def _copies_on(device: torch.device, module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _training_without_dropout(module: nn.Module) -> Iterator[None]:
-    """Set training mode, except for the dropout layers that :func:`key_dropout_layers` replaces; restore on exit."""
+def _without_dropout(module: nn.Module, training: bool) -> Iterator[None]:
+    """Set the mode, except for the dropout layers that :func:`key_dropout_layers` replaces; restore on exit."""
     modes = {submodule: submodule.training for submodule in module.modules()}
-    module.train()
+    module.train(training)
     for submodule in modes:
         if can_be_keyed(submodule):
             submodule.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -19,14 +20,28 @@ def construct(
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Build the randomly initialized model with ``num_classes`` outputs; also return the names of its last layers.
 
-    Raises UserError if the factory fails or does not return a module, or if the last layer cannot be found.
+    Raises UserError if the factory fails or does not return a module, if the module cannot take the images or is random
+    in evaluation, or if it has no last layer that can be found.
     """
     module = find("model", table.name).build(
         table.args, num_classes=num_classes, channels=channels, image_size=as_value(image_size)
     )
     if not isinstance(module, nn.Module):
         raise UserError(f"the model {table.name} must be a torch.nn.Module, not {type(module).__name__}")
-    return module, _last_layers(table.name, module, num_classes, channels, image_size)
+    try:
+        random = probe(module, channels, image_size, training=False).random
+        used = probe(module, channels, image_size).used
+    except Exception as error:
+        raise UserError(
+            f"the model {table.name} fails for a batch of {channels} x {size_text(image_size)} images, float32: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from None
+    if random:
+        raise UserError(
+            f"the model {table.name} draws random numbers in evaluation mode ({', '.join(random)}), but there its "
+            "logits must be a function of the image; draw them only if self.training"
+        )
+    return module, _last_layers(table.name, module, used, num_classes)
 
 
 def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: Size) -> StateDict:
@@ -34,23 +49,16 @@ def adapt(table: ModelConfig, module: nn.Module, state: StateDict, image_size: S
     return state
 
 
-def _last_layers(name: str, module: nn.Module, num_classes: int, channels: int, image_size: Size) -> tuple[str, ...]:
-    """Return the names of the layers that ``get_classifier()`` returns, as in timm; without it, of the last layer.
+def _last_layers(name: str, module: nn.Module, used: Sequence[str], num_classes: int) -> tuple[str, ...]:
+    """Return the names of what ``get_classifier()`` returns, as in timm; without it, of the last layer that is used.
 
-    This is the module with a weight of ``num_classes`` rows whose first use in the forward pass is the latest.
+    That is the last module whose weight has ``num_classes`` rows, in the order of first use (``used``: parameters).
     """
     get_classifier: Any = getattr(module, "get_classifier", None)
     if get_classifier is not None:
         classifier = get_classifier()
         layers = list(classifier) if isinstance(classifier, list | tuple | nn.ModuleList) else [classifier]
         return tuple(name for name, layer in module.named_modules() if any(layer is one for one in layers))
-    try:
-        used = probe(module, channels, image_size).used
-    except Exception as error:
-        raise UserError(
-            f"the model {name} fails for a batch of {channels} x {size_text(image_size)} images, float32: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from None
     weights = [one for one in used if one.endswith(".weight") and module.get_parameter(one).shape[0] == num_classes]
     if not weights:
         raise UserError(

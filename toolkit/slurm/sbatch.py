@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from importlib.resources import files
@@ -163,7 +164,7 @@ def _values(settings: JobSettings) -> list[str]:
 
 
 def _environment(settings: JobSettings) -> list[str]:
-    """Return the lines for the profile's Python, container, scratch folder, setup commands and variables."""
+    """Return the lines for the profile's Python, container, scratch folder, setup commands, plugins and variables."""
     profile = settings.profile
     lines = [f"python={shlex.quote(profile.python or sys.executable)}", f"container={shlex.quote(profile.container)}"]
     lines.append(f'scratch="{profile.scratch or ""}"')
@@ -171,7 +172,9 @@ def _environment(settings: JobSettings) -> list[str]:
         lines.append(f"# profile {settings.profile_name}")
     if profile.setup:
         lines += [_ON_ERROR, *profile.setup, "trap - ERR"]
-    return lines + [f"export {name}={shlex.quote(value)}" for name, value in profile.variables.items()]
+    plugins = os.environ.get("TOOLKIT_PLUGINS")
+    variables = {**({"TOOLKIT_PLUGINS": plugins} if plugins else {}), **profile.variables}
+    return lines + [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
 
 
 _ON_ERROR = (

@@ -30,7 +30,7 @@ from toolkit.distributed.process import (
 from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import Interrupted, RunFailed, UserError
 from toolkit.expectations import check_expectations
-from toolkit.recipe import Recipe, diff, resolved_toml
+from toolkit.recipe import Recipe, diff, load_recipe, resolved_toml
 from toolkit.runs import Run, create_run, open_run, runs_of
 from toolkit.trackers import Tracking, require_packages
 from toolkit.training.console import Console, summary_table
@@ -38,6 +38,7 @@ from toolkit.training.context import TrainingContext, build_context, describe
 from toolkit.training.data_changes import write_file_facts
 from toolkit.training.env_info import describe_environment
 from toolkit.training.finalize import finish, write_summary
+from toolkit.training.given_plugins import Object, recipe_with
 from toolkit.training.resume import Resumption, accept_changes, find_resumption
 from toolkit.training.trained_model import model_card
 from toolkit.training.trainer import Trainer
@@ -45,8 +46,12 @@ from toolkit.writing import write_atomically
 
 
 def fit(
-    recipe: Recipe,
+    recipe: Recipe | str | os.PathLike[str],
     *,
+    model: Object | None = None,
+    loss: Object | None = None,
+    optimizer: Object | None = None,
+    schedule: Object | None = None,
     resume: str | os.PathLike[str] | None = None,
     until: int | None = None,
     allow_changes: bool = False,
@@ -56,8 +61,12 @@ def fit(
     written_recipe: str | None = None,
     began: float | None = None,
 ) -> Run:
-    """Train ``recipe`` on the processes that a launcher started (or on this one alone) and return the run.
+    """Train a recipe or its file on the processes that a launcher started (or on this one alone) and return the run.
 
+    ``model``, ``loss``, ``optimizer``, ``schedule``: factories of your own, in place of what the recipe names
+    (docs/plugins.md says what they are called with and must return). Each process calls them itself. Each is registered
+    under its ``__name__``, and the recipe that is trained and recorded names it; arguments in the recipe are kept if it
+    already names it. An nn.Module is copied by each call of fit; the recipe's seed does not determine its weights.
     ``resume``: a run directory, or ``"auto"`` for the recipe's most recent unfinished run (a new run if there is none;
     a requeued SLURM job that had already finished its run returns that run without training).
     ``until``: pause after this epoch; a later ``fit(resume=run)`` continues as if there had been no pause. None trains
@@ -72,6 +81,12 @@ def fit(
     request, with a checkpoint written).
     """
     called = time.monotonic()
+    given = {"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule}
+    has_objects = any(one is not None for one in given.values())
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, with_plugins=not has_objects)
+    if has_objects:
+        recipe = recipe_with(recipe, given)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(GracefulStop())
         accelerator, display = _join_processes(recipe, stop, quiet=quiet)

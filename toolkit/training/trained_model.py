@@ -21,12 +21,14 @@ from toolkit.data.image_sources import EncodedImages
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.models.build import build_model
+from toolkit.plugins import Plugin, add, find, is_loaded
 from toolkit.reading import Shape, UnreadableFile, check_shape, read_json
 from toolkit.recipe.earlier_versions import update_model
 from toolkit.recipe.image_size import Size
 from toolkit.recipe.schema import MAX_CHANNELS, AugmentConfig, ModelConfig, TransformConfig
 from toolkit.runs import Run
 from toolkit.training.checkpoint import finished_fault, load_weights
+from toolkit.training.given_plugins import Object, as_factory
 from toolkit.training.task import Task, task_from_dict
 
 FORMAT = 1
@@ -89,6 +91,8 @@ class TrainedModel:
     """Path of the weights file."""
     train_preprocessing: Preprocessing | None = None
     """Preprocessing of training images; None: the same as ``preprocessing``."""
+    plugin_note: str | None = None
+    """Note if the file of the model's plugin has changed since the model was trained."""
 
     @property
     def train_size(self) -> Size:
@@ -111,9 +115,9 @@ class TrainedModel:
     @property
     def caution(self) -> str | None:
         """Warning to show to the user, if any."""
-        if self.weights.name in WEIGHTS:
-            return None
-        return f"the run has not finished: {self.weights.name} holds the best epoch so far"
+        unfinished = f"the run has not finished: {self.weights.name} holds the best epoch so far"
+        notes = [None if self.weights.name in WEIGHTS else unfinished, self.plugin_note]
+        return "; ".join(note for note in notes if note) or None
 
 
 def model_card(
@@ -135,6 +139,7 @@ def model_card(
         "toolkit_version": toolkit.__version__,
         "recipe": recipe_name,
         "model": table.model_dump(mode="json"),
+        **({"plugin": find("model", table.name).record} if table.source == "plugin" else {}),
         "classes": classes,
         "task": task.to_dict(),
         "preprocessing": preprocessing.to_dict(),
@@ -143,10 +148,11 @@ def model_card(
     }
 
 
-def load_model(path: str | os.PathLike[str]) -> TrainedModel:
+def load_model(path: str | os.PathLike[str], *, model: Object | None = None) -> TrainedModel:
     """Load the model of a run directory, a run's ``checkpoints`` folder, or any folder with model.json and weights.
 
-    Raises UserError if a file is missing or damaged, or if the two do not belong together.
+    ``model``: the factory of a model that :func:`fit` was given. Raises UserError if a file is missing or damaged, if
+    the two do not belong together, or if the model is a plugin that is not loaded.
     """
     folder = _model_folder(Path(path))
     weights = _weights_in(folder)
@@ -165,6 +171,7 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
         task, recipe = task_from_dict(card.get("task"), len(classes)), str(card["recipe"])
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableFile(folder / "model.json", error) from None
+    plugin_note = None if table.source != "plugin" else _prepare_plugin(folder, table, card.get("plugin"), model)
     size = in_training.image_size
     try:
         with torch.inference_mode(False):  # building a model uses autograd, and the caller may be in inference mode
@@ -174,7 +181,30 @@ def load_model(path: str | os.PathLike[str]) -> TrainedModel:
         raise UserError(f"{weights} does not belong to {folder / 'model.json'}: {error}") from None
     _check_finished(folder, weights, classes)
     module = built.module.eval()
-    return TrainedModel(module, preprocessing, transforms, classes, task, table, recipe, weights, in_training)
+    return TrainedModel(
+        module, preprocessing, transforms, classes, task, table, recipe, weights, in_training, plugin_note
+    )
+
+
+def _prepare_plugin(
+    folder: Path, table: ModelConfig, record: dict[str, Any] | None, model: Object | None
+) -> str | None:
+    """Register a model's factory if it is given; return a note if its file changed since the model was trained.
+
+    ``record``: :attr:`toolkit.plugins.Plugin.record` in model.json. Raises UserError if the plugin is not loaded.
+    """
+    record = record or {}
+    if model is not None:
+        add(Plugin("model", table.name, as_factory(model)), replace=True)
+    if not is_loaded("model", table.name):
+        module = record.get("loaded_with") or record.get("file") or "MODULE"
+        raise UserError(
+            f"the model of {folder} is the plugin {table.name!r} of {record.get('file') or 'your own code'}: load it "
+            f"with --plugin {module}, or give the function that builds it to load_model(model=...)"
+        )
+    if record.get("sha256") == find("model", table.name).record["sha256"]:
+        return None
+    return f"{record.get('file')} has changed since the model {table.name} was trained"
 
 
 def _check_finished(folder: Path, weights: Path, classes: list[str]) -> None:

@@ -1,0 +1,75 @@
+"""Plugins given to :func:`toolkit.fit` as objects: each is registered, and the recipe that is trained names it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from toolkit.errors import UserError
+from toolkit.plugins import PREFIX, Plugin, add
+from toolkit.recipe import Recipe, RecipeError
+from toolkit.recipe.cross_checks import check
+from toolkit.recipe.diagnostics import Diagnostic
+from toolkit.recipe.plugin_checks import check_plugins
+from toolkit.recipe.resolve import resolved_content
+
+Object = Callable[..., Any] | nn.Module
+"""A factory, or a module, which each call of fit copies."""
+
+
+def recipe_with(recipe: Recipe, given: dict[str, Object | None]) -> Recipe:
+    """Register objects by kind (see :data:`toolkit.plugins.PROVIDED`) and return the recipe with their names.
+
+    Arguments in the recipe are kept if it already names the object, and removed otherwise. Raises RecipeError if the
+    result is not a valid recipe.
+    """
+    content = resolved_content(recipe)
+    for kind, factory in given.items():
+        if factory is not None:
+            plugin = _registered(kind, factory)
+            _name(content, kind, plugin)
+    named = Recipe.model_validate(content)
+    issues = [issue for issue in (*check(named), *check_plugins(named)) if issue.severity == "error"]
+    if issues:
+        raise RecipeError([Diagnostic("error", issue.message, issue.path, hint=issue.hint) for issue in issues])
+    return named
+
+
+def as_factory(given: Object) -> Callable[..., Any]:
+    """Return the factory; for a module, one that copies it."""
+    return functools.partial(copy.deepcopy, given) if isinstance(given, nn.Module) else given
+
+
+def _registered(kind: str, given: Object) -> Plugin:
+    """Register a factory under its own name."""
+    named = given.func if isinstance(given, functools.partial) else given
+    name = getattr(named, "__name__", type(named).__name__)
+    if not name.isidentifier():
+        raise UserError(f"fit({kind}={name}): give a function or class with a name, or register it under one")
+    plugin = Plugin(kind, name, as_factory(given))
+    add(plugin, replace=True)
+    return plugin
+
+
+def _name(content: dict[str, Any], kind: str, plugin: Plugin) -> None:
+    """Change a recipe's content so that it names the plugin."""
+    if kind == "model":
+        table = content["model"]
+        if (table["source"], table["name"]) != ("plugin", plugin.name):
+            table |= {"source": "plugin", "name": plugin.name, "args": {}}
+            table.pop("convnet", None)
+        return
+    key, name, arguments = {
+        "loss": ("train", "loss", "loss_args"),
+        "optimizer": ("optimizer", "name", "args"),
+        "schedule": ("scheduler", "name", "args"),
+    }[kind]
+    table = content[key]
+    if table[name] != PREFIX + plugin.name:
+        table |= {name: PREFIX + plugin.name, arguments: {}}
+        if kind == "optimizer" and not plugin.takes("momentum"):
+            table.pop("momentum", None)  # of another optimizer
