@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from cli import toolkit
 from distributed import launch, run_on
 from finished import CONVNET, train_on_files
-from PIL import Image
+from PIL import ExifTags, Image
 
 from toolkit.errors import UserError
 from toolkit.evaluations import read_evaluation
@@ -92,6 +93,27 @@ def test_paths_images_and_arrays_give_equal_predictions_in_any_mixture(run: Run)
     (one,) = run.predict(Image.open(paths[0]))
     assert one.prediction == expected[0][0][0]
     assert len(run.predict(arrays[0])) == len(run.predict(colored[0])) == 1
+
+
+def test_a_pillow_image_is_turned_scaled_and_converted_as_its_file_is(run: Run, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.fromarray(noise).save(tmp_path / "turned.jpg", exif=turned)
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 256).save(tmp_path / "16-bits.png")
+    Image.fromarray(noise).quantize(16).save(tmp_path / "palette.png", transparency=3)
+    Image.fromarray(np.dstack([noise, noise[..., :1]])).save(tmp_path / "alpha.png")
+    paths = sorted(tmp_path.iterdir())
+    files, opened = (run.predict(images, top_k=10) for images in (paths, [Image.open(path) for path in paths]))
+    assert [one.top for one in opened] == [one.top for one in files]
+    assert len({one.top for one in files}) == 4, "the images differ"
+
+
+def test_predictions_make_a_data_frame(run: Run) -> None:
+    found = run.predict(folder_of_test(run))
+    frame = pd.DataFrame(found)
+    assert list(frame.columns) == ["path", "prediction", "probability", "top", "error"]
+    assert frame["prediction"].tolist() == run.predictions["prediction"].tolist()
 
 
 def test_images_that_cannot_be_read_have_an_error_and_the_others_a_prediction(run: Run, tmp_path: Path) -> None:
@@ -186,6 +208,13 @@ def test_two_processes_give_the_same_results(run: Run) -> None:
     assert launch(2, predict_and_evaluate, str(run.path), images) == [expected, expected]
     within_a_group = run_on(2, predict_and_evaluate, str(run.path), images)
     assert within_a_group == [expected, expected]
+
+
+def test_a_damaged_list_of_classes_is_one_message(run: Run, tmp_path: Path) -> None:
+    copy = open_run(shutil.copytree(run.path, tmp_path / "copy"))
+    (copy.checkpoints / "model.json").write_text('{"classes": 3}')
+    with pytest.raises(UserError, match=r"model\.json is damaged"):
+        _ = copy.classes
 
 
 def test_a_recipe_s_folder_means_its_newest_run(run: Run) -> None:

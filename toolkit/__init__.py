@@ -1,8 +1,8 @@
 """Distributed multi-GPU training for image classification: one TOML recipe, one command, one run directory.
 
-    from toolkit import load_recipe, fit, open_run
+    from toolkit import fit, load_recipe, open_run
     run = fit(load_recipe("recipes/quickstart.toml"))
-    run.summary["best"]["test_accuracy"]
+    run.predict("photos/")
 
 Heavy dependencies (torch) are imported on first use.
 """

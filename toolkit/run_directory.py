@@ -97,6 +97,12 @@ class _Split(Shape):
     test: list[str]
 
 
+class _ModelCard(Shape):
+    """Schema of model.json: the keys that are read without building the model."""
+
+    classes: list[str] = Field(min_length=1)
+
+
 class _Record(Shape):
     """Schema of a line of metrics.jsonl."""
 
@@ -181,6 +187,11 @@ class RunDirectory:
     def model_card(self) -> dict[str, Any]:
         """Content of model.json, which is needed to rebuild a model: architecture, classes, preprocessing."""
         return read_json(self.checkpoints / "model.json")
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, in the order of the model's outputs."""
+        return list(read_json(self.checkpoints / "model.json", _ModelCard)["classes"])
 
     @property
     def environment(self) -> dict[str, Any]:

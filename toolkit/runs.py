@@ -41,11 +41,6 @@ class Run(RunDirectory):
         return run_html(self)
 
     @property
-    def classes(self) -> list[str]:
-        """Class names, in the order of the model's outputs."""
-        return list(self.model_card["classes"])
-
-    @property
     def metrics(self) -> DataFrame:
         """The metrics of each epoch: one row per epoch, indexed by ``epoch``.
 
@@ -83,7 +78,7 @@ class Run(RunDirectory):
 
         trained = load_model(self.path)
         if trained.caution:
-            warnings.warn(trained.caution, stacklevel=2)
+            warnings.warn(trained.caution, stacklevel=3)
         return trained
 
     def predict(

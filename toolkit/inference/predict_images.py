@@ -123,7 +123,7 @@ def _expanded(images: ImageInput | Iterable[ImageInput]) -> Iterator[str | Decod
         is_one = images.ndim < 4
     for image in [images] if is_one else images:  # type: ignore[union-attr]
         if isinstance(image, str | os.PathLike):
-            yield from images_at(os.fspath(image), lambda note: warnings.warn(note, stacklevel=4))
+            yield from images_at(os.fspath(image), lambda note: warnings.warn(note, stacklevel=6))
         elif isinstance(image, Image.Image) or _is_pixels(image):
             yield image
         else:
