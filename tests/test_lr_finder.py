@@ -144,7 +144,7 @@ def test_wrong_arguments_get_a_message(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     assert "the learning rate must rise: 1 to 0.1 does not" in bad(QUICKSTART, "--min-lr", "1", "--max-lr", "0.1")
     assert "is a study of many runs" in bad("digits_seeds")
-    with pytest.raises(UserError, match=r"the loss diverged at learning rate 12\): give a smaller --min-lr"):
+    with pytest.raises(UserError, match=r"the loss diverged at learning rate 12\): set a smaller --min-lr"):
         lr_finder.suggest(steps_of([1.0] * 11 + [9.0]), planned=100)
     assert list(tmp_path.iterdir()) == []
 

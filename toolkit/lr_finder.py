@@ -26,11 +26,11 @@ from toolkit.training.train_step import RunningMetrics, TrainCallbacks
 from toolkit.training.trainer import Trainer
 
 SMOOTHING = 0.98
-"""Weight of the past in the moving average of the loss, as in fastai."""
+"""Weight of the previous average in the moving average of the loss, as in fastai."""
 DIVERGED = 4.0
 """The test ends when the average loss exceeds this multiple of its minimum, as in fastai."""
 FEWEST = 8
-"""Fewest steps from which a learning rate is suggested."""
+"""Minimum number of steps for suggesting a learning rate."""
 LITTLE = 0.1
 """If the average loss falls by less than this fraction, the suggestion is marked as unreliable."""
 NAME = "lr_finder"
@@ -150,8 +150,8 @@ def suggest(steps: list[RangeStep], planned: int) -> RangeTest:
     kept = kept[planned // 10 : -5]
     if len(kept) < FEWEST:
         raise UserError(
-            f"the range test has {len(kept)} steps to judge, at least {FEWEST} are needed (the loss diverged at "
-            f"learning rate {steps[-1].lr:.2g}): give a smaller --min-lr, or more --steps"
+            f"the range test has {len(kept)} usable steps, but at least {FEWEST} are needed (the loss diverged at "
+            f"learning rate {steps[-1].lr:.2g}): set a smaller --min-lr, or more --steps"
         )
     averages = [step.average for step in kept]
     lowest = min(range(len(kept)), key=averages.__getitem__)
@@ -169,8 +169,8 @@ def suggest(steps: list[RangeStep], planned: int) -> RangeTest:
 def valley(losses: Sequence[float]) -> int:
     """Return the index in the middle of the longest fall: fastai's "valley".
 
-    The fall is the longest decreasing subsequence (dynamic programming in quadratic time); fastai takes the index half
-    way through the middle third of the interval that ends where it ends and is as long as it has members.
+    The fall is the longest decreasing subsequence (dynamic programming in quadratic time). fastai considers the
+    interval that ends at its last element and has as many elements, and takes the middle of the interval's middle third.
     """
     lengths = [1] * len(losses)
     for index, loss in enumerate(losses):
@@ -187,7 +187,7 @@ def rounded(lr: float) -> float:
 
 
 def range_test_text(result: RangeTest, recipe: Recipe, command: str) -> str:
-    """Format the result for a terminal: about ten of the steps, the suggestions, and the setting to try."""
+    """Format the result for a terminal: about ten of the steps, the suggestions, and a command that uses them."""
     step = max(1, len(result.steps) // 10)
     rows = [(f"{one.lr:.2e}", f"{one.loss:.4f}", f"{one.average:.4f}") for one in result.steps[step - 1 :: step]]
     lines = [table(rows, ("optimizer.lr", "loss", "average"), frozenset((0, 1, 2))), ""]
@@ -220,7 +220,7 @@ def write_range_test(result: RangeTest, recipe: Recipe, folder: Path, log: Calla
 
 
 def _figure(result: RangeTest, recipe: Recipe) -> Any:
-    """Plot the loss and its average over the learning rate, with the suggestion and the recipe's value."""
+    """Plot the loss and its average against the learning rate, with the suggestion and the recipe's value."""
     from toolkit.report.plot_style import BLUE, GRID, INK, VERMILION, fitted, labeled_axes
 
     title = fitted(f"{recipe.recipe.name}: learning-rate range test", 5.3)

@@ -17,26 +17,26 @@ from toolkit.errors import UserError
 @command
 def find_lr(
     recipe: RecipePath,
-    steps: Annotated[int, typer.Option(min=20, metavar="N", help="Largest number of optimizer steps.")] = 100,
+    steps: Annotated[int, typer.Option(min=20, metavar="N", help="Maximum number of optimizer steps.")] = 100,
     min_lr: Annotated[float, typer.Option(metavar="LR", help="Learning rate of the first step.")] = 1e-7,
     max_lr: Annotated[float, typer.Option(metavar="LR", help="Learning rate of the last step.")] = 10.0,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="FOLDER", help="Folder of the figure and the table."),
+        typer.Option("-o", "--out", metavar="FOLDER", help="Folder for the figure and the table."),
     ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Suggest a learning rate by a range test.
 
-    Trains some steps with a learning rate that rises exponentially until the loss diverges. The learning rates of all
-    layer groups rise together. Runs on any number of processes; no run is written.
+    Trains for some steps while the learning rate rises exponentially, until the loss diverges. The learning rates of
+    all layer groups rise together. Works on any number of processes; no run directory is written.
 
     Example: toolkit find-lr recipes/quickstart.toml
     """
     loaded = load_recipe(recipe, set_)
     if loaded.recipe.study is not None:
-        raise UserError(f"{recipe} is a study of many runs: give the recipe that it extends")
+        raise UserError(f"{recipe} is a study of many runs: specify the recipe that it extends")
     from toolkit import lr_finder
 
     result, is_main = lr_finder.find_lr(loaded.recipe, steps=steps, min_lr=min_lr, max_lr=max_lr)

@@ -98,7 +98,7 @@ def predict_images(
         raise UserError(f"top_k is {top_k}: it must be at least 1")
     items = list(_expanded(images))
     if not items:
-        raise UserError("no images given: give paths, folders, PIL images or uint8 arrays [h, w, C]")
+        raise UserError("no images given: specify paths, folders, PIL images or uint8 arrays [h, w, C]")
     trained, train = run.model, run.recipe.train
     given = GivenImages(trained, items)
     with distributed_context(train) as accelerator:

@@ -45,7 +45,7 @@ class Issue:
     hint: str | None = None
     severity: Literal["error", "warning"] = "error"
     at: Literal["value", "key", "table"] = "value"
-    """What to point at: the value, its key, or the enclosing table (for missing keys)."""
+    """Part of the recipe that the message points to: the value, its key, or the enclosing table (for missing keys)."""
 
 
 @dataclass(frozen=True)
