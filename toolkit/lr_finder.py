@@ -170,7 +170,7 @@ def valley(losses: Sequence[float]) -> int:
     """Return the index in the middle of the longest fall: fastai's "valley".
 
     The fall is the longest decreasing subsequence (dynamic programming in quadratic time). fastai considers the
-    interval that ends at its last element and has as many elements, and takes the middle of the interval's middle third.
+    interval that ends at its last element and has as many elements, and takes the middle of its middle third.
     """
     lengths = [1] * len(losses)
     for index, loss in enumerate(losses):
