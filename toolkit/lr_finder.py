@@ -221,16 +221,16 @@ def write_range_test(result: RangeTest, recipe: Recipe, folder: Path, log: Calla
 
 def _figure(result: RangeTest, recipe: Recipe) -> Any:
     """Plot the loss and its average against the learning rate, with the suggestion and the recipe's value."""
-    from toolkit.report.plot_style import BLUE, GRID, INK, VERMILION, fitted, labeled_axes
+    from toolkit.report.plot_style import BLUE, INK, SKY, VERMILION, fitted, labeled_axes
 
     title = fitted(f"{recipe.recipe.name}: learning-rate range test", 5.3)
     figure, axes = labeled_axes("learning rate (optimizer.lr)", "training loss", title, (6.3, 3.6), integers=False)
     lrs = [step.lr for step in result.steps]
     axes.set_xscale("log")
-    axes.plot(lrs, [step.loss for step in result.steps], color=GRID, linewidth=1.0, label="of each step")
+    axes.plot(lrs, [step.loss for step in result.steps], color=SKY, linewidth=1.0, label="of each step")
     axes.plot(lrs, [step.average for step in result.steps], color=BLUE, linewidth=1.6, label="moving average")
     axes.axvline(result.valley, color=VERMILION, linewidth=1.2, label=f"suggestion: {result.valley:.2g}")
     axes.axvline(recipe.optimizer.lr, color=INK, linewidth=1.0, linestyle=":", label=f"recipe: {recipe.optimizer.lr:g}")
-    axes.set_ylim(top=1.3 * max(result.steps[0].loss, *(s.average for s in result.steps if math.isfinite(s.average))))
+    axes.set_ylim(0, 2 * result.steps[0].loss)  # a loss that diverges would flatten the rest
     axes.legend(loc="best")
     return figure

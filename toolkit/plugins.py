@@ -229,11 +229,19 @@ def named_plugins(recipe: Recipe) -> Iterator[NamedPlugin]:
     model, optimizer, schedule, train = recipe.model, recipe.optimizer, recipe.scheduler, recipe.train
     if model.source == "plugin":
         yield NamedPlugin("model", model.name, ("model", "name"), model.args, ("model", "args"))
+    if recipe.data.dataset == "plugin" and recipe.data.name is not None:
+        yield NamedPlugin("dataset", recipe.data.name, ("data", "name"), recipe.data.args, ("data", "args"))
     others = [
         NamedPlugin("optimizer", optimizer.name, ("optimizer", "name"), optimizer.args, ("optimizer", "args")),
         NamedPlugin("schedule", schedule.name, ("scheduler", "name"), schedule.args, ("scheduler", "args")),
         NamedPlugin("loss", train.loss, ("train", "loss"), train.loss_args.given, ("train", "loss_args")),
     ]
+    for split in ("train", "validation", "test"):
+        for index, entry in enumerate(getattr(recipe.augment, split)):
+            path: KeyPath = ("augment", split, index)
+            others.append(NamedPlugin("transform", entry.name, (*path, "name"), entry.arguments, path))
+    for index, name in enumerate(train.metrics):
+        others.append(NamedPlugin("metric", name, ("train", "metrics", index), {}, ("train", "metrics", index)))
     for use in others:
         if use.name.startswith(PREFIX):
             yield use._replace(name=use.name.removeprefix(PREFIX))

@@ -73,7 +73,10 @@ class Run(RunDirectory):
 
     @cached_property
     def model(self) -> TrainedModel:
-        """The best model, loaded at the first access; with a warning if the run has not finished, its best so far."""
+        """The best model, on the CPU, loaded at the first access.
+
+        Of a run that has not finished, it is the best one so far, with a warning; open the run again for a later one.
+        """
         from toolkit.training.trained_model import load_model
 
         trained = load_model(self.path)

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
+from toolkit import plugins
 from toolkit.augment.resize import RandomResizedCrop, Resize
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
@@ -34,7 +35,8 @@ class Step:
     """One step from an image to the model's input. Calling it applies it to one image."""
 
     name: str
-    """Name of a class in torchvision.transforms.v2, ResizeKeepRatio, or timm's CenterCropOrPad or auto_augment."""
+    """Name of a class in torchvision.transforms.v2, ResizeKeepRatio, timm's CenterCropOrPad or auto_augment, or
+    "plugin:" and the name of a plugin."""
     arguments: dict[str, Any]
     """Arguments of that class with torchvision's types, including the defaults."""
     p: float
@@ -74,6 +76,8 @@ def recipe_step(entry: TransformConfig, where: str, image_size: Size) -> Step:
 
     Raises UserError for an unknown or excluded transform, and for arguments that it does not accept.
     """
+    if entry.name.startswith(plugins.PREFIX):
+        return _plugin_step(entry, where, image_size)
     _check_name(entry.name, where)
     arguments = {name: _argument(name, value, where) for name, value in entry.arguments.items()}
     parameters = inspect.signature(getattr(v2, entry.name)).parameters
@@ -90,6 +94,19 @@ def recipe_step(entry: TransformConfig, where: str, image_size: Size) -> Step:
     except Exception as error:  # the class's own checks: TypeError, ValueError, ...
         given = ", ".join(f"{name} = {value!r}" for name, value in entry.arguments.items()) or "no arguments"
         raise UserError(f"{where}: {entry.name} cannot be created with {given}: {error}") from error
+
+
+def _plugin_step(entry: TransformConfig, where: str, image_size: Size) -> Step:
+    on_image = plugins.find("transform", entry.name.removeprefix(plugins.PREFIX)).build(
+        entry.arguments, image_size=image_size
+    )
+    if not callable(on_image):
+        raise UserError(
+            f"{where}: {entry.name} gives a {type(on_image).__name__}, which cannot be called with an image"
+        )
+    if entry.apply_p < 1:
+        on_image = v2.RandomApply([on_image], p=entry.apply_p)
+    return Step(entry.name, entry.arguments, entry.apply_p, on_image)
 
 
 def _check_name(name: str, where: str) -> None:

@@ -2,7 +2,7 @@
 
 Order: before_resize, resize, before_crop, crop, after_crop, timm's policy, float tensor in 0..1, tensor, normalization,
 random erasing. The policy and random erasing apply to training images only. torchvision.transforms.v2 draws from
-torch's default generator; timm's policies draw from Python's and NumPy's generators.
+torch's default generator; timm's policies draw from Python's and NumPy's generators, and plugins from any of them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from toolkit.augment.steps import Step, policy_step, recipe_step, torchvision_st
 from toolkit.data.image_sources import MODES, ImageSource, Pixels, as_image, as_pixels
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
+from toolkit.plugins import PREFIX
 from toolkit.recipe.gpu_support import is_random
 from toolkit.recipe.image_size import as_size, as_value, size_text
 from toolkit.recipe.schema import AugmentConfig
@@ -52,7 +53,7 @@ class ImageTransform:
         """Number of leading deterministic steps up to the resize, including the center crop if it comes next."""
         self.cropped = cropped
         """Number of steps up to the crop, or to the transform that replaces it; they may be random."""
-        self.draws_from_python = any(step.name == "auto_augment" for step in steps)
+        self.draws_from_python = any(step.name == "auto_augment" or step.name.startswith(PREFIX) for step in steps)
         """Whether Python's and NumPy's random states must be seeded in addition to torch's."""
 
     def __call__(self, pixels: Pixels) -> Tensor:

@@ -18,7 +18,7 @@ from toolkit.augment.transforms import is_deterministic
 from toolkit.cache.store import content_key
 from toolkit.data.jpeg_decoding import jpeg_decoder
 from toolkit.models.pretrained import state_hash
-from toolkit.plugins import records
+from toolkit.plugins import PREFIX, records
 from toolkit.recipe.schema import AugmentConfig
 from toolkit.training.context import TrainingContext
 
@@ -50,13 +50,15 @@ def feature_name(
     recipe, random = setup.recipe, None
     if not is_deterministic(split, recipe.augment):
         random = {"seed": recipe.recipe.seed, "view": view, "batched": batched}
-    key = {
+    key: dict[str, Any] = {
         "images": images,
         "preprocessing": setup.preprocessing_of(split).to_dict(),
         "augment": _augmentations(split, recipe.augment),
         "random": random,
         "frozen": frozen,
     }
+    if any(entry.name.startswith(PREFIX) for entry in getattr(recipe.augment, split)):
+        key["plugins"] = records(recipe, ["transform"])
     return f"features-{content_key(key)}"
 
 

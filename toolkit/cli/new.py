@@ -37,6 +37,12 @@ def new(
     processes: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Training processes. Default: one for each GPU.")
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="DATA.KEY=VALUE", help="Key of [data] that says how the data are read; the value is TOML."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -47,10 +53,14 @@ def new(
 
     Example: toolkit new flowers --goal fast
     """
+    from toolkit.new_recipe.source import given_keys
     from toolkit.new_recipe.write import new_recipe
     from toolkit.writing import write_atomically
 
-    found = new_recipe(data, goal, processes, lambda line: print(line, file=sys.stderr))
+    given = given_keys(set_ or [])
+    if other := [setting for setting in set_ or [] if not setting.strip().startswith("data.")]:
+        raise UserError(f"--set {other[0]}: toolkit new takes keys of [data] only; edit the recipe for others")
+    found = new_recipe(data, goal, processes, given, lambda line: print(line, file=sys.stderr))
     path = out or Path(f"{found.name}.toml")
     if os.path.lexists(path) and not force:
         raise UserError(f"{path} exists already: choose another file with -o, or overwrite it with --force")

@@ -150,6 +150,16 @@ DATASETS = {
         source="data.root, a folder or a URL such as s3://bucket/images",
         opener="toolkit.data.shard_source.open_shards",
     ),
+    "plugin": DatasetInfo(
+        title="the author's own images",
+        description="your own code: a data set with __len__ and __getitem__, registered as a plugin",
+        classes=None,
+        images=None,
+        size=None,
+        channels=3,
+        source="the plugin that data.name names",
+        opener="toolkit.data.plugin_dataset.open_plugin_dataset",
+    ),
 }
 """Data sets by their name in ``data.dataset``."""
 

@@ -56,6 +56,8 @@ class Dataset:
     """Weight of each image in the training loss, [N]."""
     kept: Mapping[str, PackedStrings] = field(default_factory=dict)
     """Other columns of a table: a text for each image, encoded; by name, encoded."""
+    why_not_cached: str = ""
+    """Why neither decoded images nor features may be cached; "" if they may."""
 
     @property
     def is_multi_label(self) -> bool:

@@ -213,12 +213,16 @@ def _check_accelerate_count(options: argparse.Namespace) -> None:
     cpu = "ACCELERATE_USE_CPU=true " if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else ""
     if machines > 1:
         asked = f"{machines} machines"
-        command = f"{cpu}accelerate launch --config_file launch/nodes.yaml --num_machines {machines} {program}"
+        command = (
+            f"{cpu}accelerate launch --config_file launch/nodes.yaml --num_machines {machines} {program} "
+            "(toolkit recipes copy launch/nodes.yaml writes the file)"
+        )
     else:
         asked = f"{processes} processes"
         command = (
             f"{cpu}torchrun --standalone --nproc-per-node {processes} {program} "
-            f"(or accelerate launch --config_file launch/cpu.yaml --num_processes {processes} {program})"
+            f"(or accelerate launch --config_file launch/cpu.yaml --num_processes {processes} {program}, "
+            "with the file that toolkit recipes copy launch/cpu.yaml writes)"
         )
     raise UserError(
         f"accelerate launch was asked for {asked} but started only this process, which would train alone: with --cpu, "

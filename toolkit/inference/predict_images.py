@@ -10,6 +10,7 @@ from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from toolkit.data.array_images import WrongLayout, with_channels
@@ -112,6 +113,7 @@ def predict_images(
             autocast_dtype=autocast_dtype(accelerator.mixed_precision),
             channels_last=train.channels_last,
         )
+    trained.module.to("cpu").to(memory_format=torch.contiguous_format)  # as it was loaded: users call run.model too
     _report_failures(found)
     return list(_records(items, found))
 

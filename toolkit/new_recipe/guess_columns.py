@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,8 +21,11 @@ ROWS = 2000
 
 LABELS = ("label", "labels", "class", "classes", "class_name", "target", "category", "tags", "species", "y")
 SPLITS = ("split", "set", "subset", "partition", "fold")
-GROUPS = ("group", "group_id", "patient", "patient_id", "subject", "subject_id", "person", "site", "location", "slide")
-WEIGHTS = ("weight", "sample_weight")
+GROUPS = ("group", "group_id", "patient", "patient_id", "subject", "subject_id", "person_id", "site_id", "slide_id")
+LEAST_GROUPS = 10
+"""A column with fewer values is not taken for groups: they could not be divided among the splits."""
+WEIGHTS = ("sample_weight",)
+"""Not "weight": it may be that of a patient."""
 SEPARATORS = (";", "|")
 """Separators between several labels in one text; without commas and spaces, which may be part of a name."""
 
@@ -40,27 +43,32 @@ class GuessedColumns:
     why: str
 
 
-def guess_columns(table: Table) -> GuessedColumns:
-    """Choose the columns. Raises UserError, which lists all columns, if there is none for the images or the labels."""
+def guess_columns(table: Table, given: Mapping[str, Any], root: str | None = None) -> GuessedColumns:
+    """Choose the columns that are not ``given``, by key of [data.columns], and the folder of the paths (``root``).
+
+    Raises UserError, which lists all columns, if there is none for the images or the labels.
+    """
     rows = [row for _, row in islice(table.read(table.columns), ROWS) if not isinstance(row, BadRow)]
     if not rows:
         raise UserError(f"{table.path} has no rows below the column names")
     values = {name: [row[i] for row in rows] for i, name in enumerate(table.columns)}
-    image = _image_column(table, values)
-    rest = {name: found for name, found in values.items() if name != image}
-    columns: dict[str, Any] = {"image": image}
+    image = given.get("image") or _image_column(table, values)
+    rest = {name: found for name, found in values.items() if name not in (image, *map(str, given.values()))}
+    columns: dict[str, Any] = {**given, "image": image}
     for key, usual in (("split", SPLITS), ("group", GROUPS), ("weight", WEIGHTS)):
         name = _named(rest, usual)
-        if name is not None and (key != "split" or all(split_of(str(one)) for one in rest[name])):
+        if key in given or name is None or (key == "split" and not all(split_of(str(one)) for one in rest[name])):
+            continue
+        if key != "group" or LEAST_GROUPS <= _distinct(rest[name]) < len(rows):
             columns[key] = name
-            del rest[name]
-    columns["label"] = _label_columns(table, rest)
-    separator = _separator(rest.get(columns["label"], ())) if isinstance(columns["label"], str) else None
+        del rest[name]
+    columns["label"] = label = given.get("label") or _label_columns(table, rest)
+    separator = _separator(values.get(label, ())) if isinstance(label, str) else None
     why = "; ".join(f"{key} is {_shown(name)}" for key, name in columns.items())
-    root = None if image in table.encoded else _root(table.path, [str(one) for one in values[image][:20]])
-    return GuessedColumns(
-        columns, separator, root, f"columns by their names and values ({len(rows):,} rows seen): {why}"
-    )
+    if root is None and image in values and image not in table.encoded:
+        root = _root(table.path, [str(one) for one in values[image][:20]])
+    seen = f"columns by their names and values ({len(rows):,} rows seen): {why}"
+    return GuessedColumns(columns, separator, root, seen)
 
 
 def _shown(name: str | list[str]) -> str:
@@ -82,7 +90,8 @@ def _image_column(table: Table, values: dict[str, list[Any]]) -> str:
     if not encoded and not paths:
         raise UserError(
             f"{table.path} has no column of image paths (ending in .jpg, .png, ...) or images; its columns are "
-            f"{', '.join(table.columns[:30])}. Is it a table of images?"
+            f"{', '.join(table.columns[:30])}. If one of them has paths without a suffix: "
+            "--set 'data.columns.image=\"NAME\"'"
         )
     return [*encoded, *paths][0]
 
@@ -104,8 +113,7 @@ def _label_columns(table: Table, values: dict[str, list[Any]]) -> str | list[str
         return others[0]
     raise UserError(
         f"{table.path} has no column with a usual name for labels ({', '.join(LABELS[:4])}, ...); its columns are "
-        f"{', '.join(table.columns[:30])}. Rename the one with the labels to label, or write the recipe by hand: "
-        "docs/data.md"
+        f"{', '.join(table.columns[:30])}. Name the one with the labels: --set 'data.columns.label=\"NAME\"'"
     )
 
 
@@ -133,6 +141,6 @@ def _root(table: Path, paths: list[str]) -> str | None:
     if not counts[best]:
         raise UserError(
             f"{table} lists {paths[0]}, which is neither in {own} nor in a folder next to the table: are the images "
-            "elsewhere? Paths are relative to the table"
+            "elsewhere? --set 'data.root=\"FOLDER\"' names their folder"
         )
     return None if best == own else str(best)

@@ -13,8 +13,6 @@ from toolkit.new_recipe.data_rules import AUGMENT, CHANNELS, INPUT, TASK
 from toolkit.new_recipe.situation import (
     FEW,
     KORNBLITH,
-    MANY,
-    SMALL,
     TINY,
     UNEQUAL,
     VERY_UNEQUAL,
@@ -47,14 +45,14 @@ OURS = "measured: docs/results.md"
 
 APPROACH = (
     Rule(
-        lambda s: s.facts.side <= SMALL and s.goal == "accuracy" and s.machine.gpus > 0 and s.n >= 10_000
-        and s.facts.side > TINY,
+        lambda s: s.suits_scratch and s.facts.side > TINY and s.goal == "accuracy" and s.machine.gpus > 0
+        and s.n >= 10_000,
         lambda s: {"approach": "resnet"},
         lambda s: f"{s.n:,} training images of {s.facts.side} pixels: ResNet-18 with a first layer for small images",
         "He et al. 2016, arXiv:1512.03385, section 4.2",
     ),
     Rule(
-        lambda s: s.facts.side <= TINY or (s.facts.side <= SMALL and s.facts.per_class >= MANY),
+        lambda s: s.facts.side <= TINY or s.suits_scratch,
         lambda s: {"approach": "convnet"},
         lambda s: f"images of {s.facts.side} pixels and {s.facts.per_class:,} per class: a small ConvNet from "
         "scratch, because pretrained networks expect 224 pixels",

@@ -22,8 +22,11 @@ SMALL = 64
 """Maximum median length of the shorter side, in pixels, for images to count as small."""
 TINY = 16
 """The same for images so small that a pretrained network's input of 224 pixels would not show more detail."""
-FEW, MANY = 20, 100
-"""Number of images per class: fewer than the first are few, at least the second are many."""
+FEW = 20
+"""Number of images per class below which there are few."""
+ENOUGH_GRAY, ENOUGH_COLOR = 100, 2000
+"""Number of small images per class from which a network is trained from scratch. Grayscale ones are often characters,
+which pretrained networks have not seen; color ones are often photographs, which they have."""
 UNEQUAL, VERY_UNEQUAL = 3, 10
 """Thresholds for the size of the largest class divided by that of the smallest class."""
 LONG = 1.5
@@ -54,6 +57,12 @@ class Situation:
     @property
     def is_pretrained(self) -> bool:
         return self.approach in ("probe", "finetune")
+
+    @property
+    def suits_scratch(self) -> bool:
+        """Whether there are enough small images for a network of their size."""
+        enough = ENOUGH_GRAY if self.facts.stored_channels == 1 else ENOUGH_COLOR
+        return self.facts.side <= SMALL and self.facts.per_class >= enough
 
     @property
     def counted(self) -> str:

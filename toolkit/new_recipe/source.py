@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from toolkit.data.torchvision_info import TORCHVISION_SETS
 from toolkit.errors import UserError
 from toolkit.new_recipe.guess_columns import guess_columns
 from toolkit.recipe.base import NAME_LENGTH
+from toolkit.recipe.layers import parse_overrides
 from toolkit.similar_names import did_you_mean
 
 ARCHIVES = (".zip", ".tar")
@@ -37,6 +39,9 @@ class DataSource:
     """Comments by key, such as ``columns``."""
 
 
+GIVEN = "given with --set"
+
+
 def is_data(argument: str) -> bool:
     """Return whether the argument of `toolkit train` is a path to data or the name of a data set, not a recipe."""
     suffix = os.path.splitext(argument)[1].lower()
@@ -47,16 +52,44 @@ def is_data(argument: str) -> bool:
     return argument in DATASETS or argument in TORCHVISION_SETS or "://" in argument
 
 
-def find_source(argument: str) -> DataSource:
-    """Return the data source for the argument; an existing path takes precedence over a name. Raises UserError."""
+def given_keys(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the keys of [data] among ``--set`` arguments, which say how data are read. Raises RecipeError."""
+    found: dict[str, Any] = {}
+    for layer in parse_overrides(overrides):
+        found = _merged(found, layer.data.get("data", {}))
+    return found
+
+
+def find_source(argument: str, given: Mapping[str, Any] | None = None) -> DataSource:
+    """Return the data source for the argument; an existing path takes precedence over a name.
+
+    ``given``: keys of [data] that replace those found, or are read besides. Raises UserError.
+    """
+    if not argument.isprintable():
+        raise UserError(f"{argument!r} has control characters or bytes that are not UTF-8, which no recipe can name")
+    source = _found(argument, given or {})
+    if not given:
+        return source
+    return replace(source, keys=_merged(source.keys, given), more={**source.more, **dict.fromkeys(given, GIVEN)})
+
+
+def _merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table with the keys of another, tables within it merged in the same way."""
+    return {**base, **{
+        key: _merged(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
+        for key, value in other.items()
+    }}  # fmt: skip
+
+
+def _found(argument: str, given: Mapping[str, Any]) -> DataSource:
     path = Path(argument)
     if "://" in argument:
         return DataSource(_name(argument), {"dataset": "shards", "root": argument}, f"the shards at {argument}")
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, given)
     suffix = path.suffix.lower()
     if path.exists() and suffix in FORMATS:
-        return _table(path)
+        return _table(path, given)
     if path.exists() and suffix in ARCHIVES:
         why = f"{path.name} holds class folders and is read in place, without unpacking it"
         return DataSource(_name(path.stem), {"dataset": "imagefolder", "root": argument}, why)
@@ -68,7 +101,7 @@ def find_source(argument: str) -> DataSource:
     return _named(argument)
 
 
-def _folder(path: Path) -> DataSource:
+def _folder(path: Path, given: Mapping[str, Any]) -> DataSource:
     if (path / "recipe.toml").is_file() or (path / "study.json").is_file():
         raise UserError(f"{path} is a run or study directory, not a folder of images; to resume it: --resume {path}")
     root, name = str(path), _name(path.resolve().name)
@@ -92,7 +125,7 @@ def _folder(path: Path) -> DataSource:
         return DataSource(name, hub, "folders with metadata.csv, read by the library `datasets`")
     holds_images = any(list_folder(path / one).images for one in listing.folders)
     if len(tables) == 1 and (listing.images or len(listing.folders) <= 1):
-        return _table(path / tables[0])
+        return _table(path / tables[0], given)
     if not listing.folders:
         raise UserError(_no_class_folders(path, len(listing.images), tables))
     if len(tables) > 1 and not holds_images:
@@ -110,9 +143,9 @@ def _no_class_folders(path: Path, images: int, tables: list[str]) -> str:
     )
 
 
-def _table(path: Path) -> DataSource:
+def _table(path: Path, given: Mapping[str, Any]) -> DataSource:
     table = open_table_file(path)
-    found = guess_columns(table)
+    found = guess_columns(table, given.get("columns", {}), given.get("root"))
     keys: dict[str, Any] = {"dataset": "table", "table": str(path)}
     if found.root is not None:
         keys["root"] = found.root

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from toolkit.distributed.launcher import ProcessInfo, read_process_info
 from toolkit.errors import UserError
@@ -20,28 +20,33 @@ class WrittenRecipe(NamedTuple):
 
 
 def recipe_for_training(
-    argument: str, *, resume: bool, run_root: str = "runs", log: Callable[[str], None]
+    argument: str, given: Mapping[str, Any] | None = None, *, resume: bool, log: Callable[[str], None]
 ) -> WrittenRecipe:
     """Return the recipe for data, the same on all processes that the launcher started (a collective).
 
-    ``resume``: return the recipe of the newest unfinished run on these data, if there is one, because the choices might
-    be different now. Raises UserError, on all processes, if the data cannot be trained on.
+    ``given``: see :func:`toolkit.new_recipe.write.new_recipe`. ``resume``: return the recipe of the newest unfinished
+    run on these data, if there is one, because the choices might be different now. Raises UserError, on all processes,
+    if the data cannot be trained on.
     """
     info = read_process_info()
     world = 1 if info is None else info.world
-    if info is None or world == 1:
-        return _written(argument, world, resume, run_root, log)
-    return _shared(info, lambda: _written(argument, world, resume, run_root, log))
+
+    def write() -> WrittenRecipe:
+        kept = _unfinished(argument, given) if resume else None
+        if kept is not None:
+            return kept
+        found = new_recipe(argument, processes=world, given=given, log=log)
+        return WrittenRecipe(found.name, found.text)
+
+    return write() if info is None or world == 1 else _shared(info, write)
 
 
-def _written(argument: str, processes: int, resume: bool, run_root: str, log: Callable[[str], None]) -> WrittenRecipe:
-    if resume:
-        name = find_source(argument).name
-        for run in runs_of(run_root, name):
-            if not run.is_finished and run.written_recipe.is_file():
-                return WrittenRecipe(name, run.written_recipe.read_text(encoding="utf-8"))
-    found = new_recipe(argument, processes=processes, log=log)
-    return WrittenRecipe(found.name, found.text)
+def _unfinished(argument: str, given: Mapping[str, Any] | None) -> WrittenRecipe | None:
+    """Return the recipe of the newest unfinished run of these data, None if there is none in runs/."""
+    name = find_source(argument, given).name
+    kept = (run for run in runs_of("runs", name) if not run.is_finished and run.written_recipe.is_file())
+    run = next(kept, None)
+    return None if run is None else WrittenRecipe(name, run.written_recipe.read_text(encoding="utf-8"))
 
 
 def _shared(info: ProcessInfo, write: Callable[[], WrittenRecipe]) -> WrittenRecipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,24 +53,26 @@ def new_recipe(
     argument: str,
     goal: Goal = "accuracy",
     processes: int | None = None,
+    given: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = lambda line: None,
     machine: Machine | None = None,
 ) -> NewRecipe:
     """Write a recipe for data: a folder, archive, table, shards, or the name of a data set (:mod:`.source`).
 
-    ``processes``: number of training processes, by default one per GPU. ``machine``: by default this one. ``log`` is
-    called with messages about the data. Raises UserError if the data cannot be found, read or trained on.
+    ``processes``: number of training processes, by default one per GPU. ``given``: keys of [data] that are not chosen.
+    ``machine``: by default this one. ``log`` is called with messages about the data. Raises UserError if the data
+    cannot be found, read or trained on.
     """
     machine = machine or this_machine()
     count = processes or max(1, machine.gpus)
-    facts = look(find_source(argument))
+    facts = look(find_source(argument, given))
     log(f"{argument}: {_seen(facts)}")
     for name, fault in facts.unreadable:
         log(f"warning: {name}: {fault}")
     situation = Situation(facts, machine, goal, count, facts.images)
     split, images = _split(situation)
     situation = replace(situation, images=images)
-    choices = [*_data(facts), split, *_unreadable(facts), *choose(situation)]
+    choices = [*_data(facts), *_not_given([split, *_unreadable(facts), *choose(situation)], given or {})]
     header = [
         f"Written by: toolkit new {shlex.quote(argument)} --goal {goal}{f' --processes {count}' if count > 1 else ''}",
         f"Seen: {_seen(facts)}; {machine.text}. The line above each choice says why.",
@@ -81,7 +83,7 @@ def new_recipe(
 
     recipe = loads_recipe(text())
     if machine.gpus and recipe.transfer.mode != "linear_probe":
-        choices.append(_memory(recipe, machine, count))
+        choices.append(gpu_memory(recipe, machine, count))
     return NewRecipe(facts.source.name, text(), choices, facts, count)
 
 
@@ -110,10 +112,20 @@ def _data(facts: DataFacts) -> list[Choice]:
     return found
 
 
+def _not_given(choices: Iterable[Choice], given: Mapping[str, Any]) -> list[Choice]:
+    """Return the choices without the keys of [data] that are given."""
+    names = {f"data.{key}" for key in given}
+    left = (
+        choice._replace(keys={key: value for key, value in choice.keys.items() if key not in names})
+        for choice in choices
+    )
+    return [choice for choice in left if choice.keys]
+
+
 def _split(s: Situation) -> tuple[Choice, dict[str, int]]:
     """Return the choice for the splits, and the number of images in each. Raises UserError if none is possible."""
     rule = first(SPLIT, s)
-    table, why = rule.sets(s)["data.split"], rule.why(s)
+    table, why = s.facts.source.keys.get("split") or rule.sets(s)["data.split"], rule.why(s)
     try:
         images = s.facts.split(table)
     except UserError:
@@ -134,7 +146,7 @@ def _unreadable(facts: DataFacts) -> list[Choice]:
     return [Choice("unreadable", keys, why, "docs/data.md")]
 
 
-def _memory(recipe: Recipe, machine: Machine, processes: int) -> Choice:
+def gpu_memory(recipe: Recipe, machine: Machine, processes: int) -> Choice:
     """Return the number of accumulation steps for which a step fits into a GPU's memory, as `toolkit plan` does."""
     from toolkit.estimate.resources import plan
 

@@ -232,6 +232,8 @@ def transforms(recipe: Recipe) -> Iterator[Issue]:
     for split in ("train", "validation", "test"):
         for index, entry in enumerate(getattr(recipe.augment, split)):
             path: KeyPath = ("augment", split, index)
+            if entry.name.startswith(PREFIX):
+                continue
             if entry.name in known:
                 name, keys = (*path, "name"), ("apply_p", "stage")
                 yield from arguments(entry.name, entry.arguments, known[entry.name], path, name, keys)

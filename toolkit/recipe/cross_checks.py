@@ -135,7 +135,7 @@ def data(recipe: Recipe) -> Iterator[Issue]:
         yield warning("data.background_class", no_effect, "data.dataset", at="key")
     if table.class_folders != "auto" and table.dataset != "imagefolder":
         yield warning("data.class_folders", no_effect, "data.dataset", at="key")
-    users = {"table": ("table",), **dict.fromkeys(("name", "args"), ("torchvision", "huggingface"))}
+    users = {"table": ("table",), **dict.fromkeys(("name", "args"), ("torchvision", "huggingface", "plugin"))}
     users |= dict.fromkeys(("columns", "class_names", "label_separator"), ("table", "huggingface", "shards"))
     users |= dict.fromkeys(("shuffle_shards", "cache_limit"), ("shards",))
     for key, names in users.items():
@@ -143,6 +143,9 @@ def data(recipe: Recipe) -> Iterator[Issue]:
             yield warning(f"data.{key}", no_effect, "data.dataset", at="key")
     if table.dataset == "table":
         yield from _table(table)
+    if table.dataset == "plugin" and table.name is None:
+        hint = "the name of your own data set, see docs/plugins.md"
+        yield error("data.name", 'must be given with dataset = "plugin"', "data.dataset", hint=hint, at="table")
 
 
 def _table(table: DataConfig) -> Iterator[Issue]:

@@ -139,14 +139,14 @@ class DataConfig(ConfigModel):
         min_length=1,
         description="torchvision: class in torchvision.datasets, such as OxfordIIITPet. huggingface: a folder that the "
         "library `datasets` reads (images with metadata.csv, Parquet, Arrow, saved by save_to_disk), or the name of a "
-        "data set on the Hub, such as ylecun/mnist.",
+        "data set on the Hub, such as ylecun/mnist. plugin: name of your own data set (docs/plugins.md).",
     )
     args: dict[str, Any] = Field(
         {},
         description='torchvision: arguments of the class, such as { annotation_level = "family" } of FGVCAircraft; '
         "split (INaturalist: version) selects one of several training lists. `toolkit datasets torchvision/` lists "
         "them. huggingface: arguments of load_dataset: name (the configuration), revision, data_dir, data_files, "
-        "split.",
+        "split. plugin: arguments of the data set.",
     )
     root: Root | Annotated[list[Root], Field(min_length=1)] = Field(
         "data",
@@ -347,11 +347,14 @@ class DataConfig(ConfigModel):
 
 
 class TransformConfig(BaseModel):
-    """One augmentation: the name of a torchvision.transforms.v2 class, with its arguments as further keys."""
+    """One augmentation: a class in torchvision.transforms.v2 or a plugin, with its arguments as further keys."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
-    name: str = Field(description="Class in torchvision.transforms.v2; `toolkit transforms` lists them.")
+    name: str = Field(
+        description="Class in torchvision.transforms.v2; `toolkit transforms` lists them. plugin:NAME: code of your "
+        "own (docs/plugins.md)."
+    )
     apply_p: Fraction = Field(1.0, description="Probability of applying it to an image.")
     stage: Literal["before_resize", "before_crop", "crop", "resize_crop", "after_crop", "tensor"] | None = Field(
         None,

@@ -124,7 +124,7 @@ def _name_transforms(entry: Schema) -> None:
     """Restrict an entry to known transforms and to the arguments of the one it names."""
     transforms = catalog.transforms()
     own = list(entry["properties"])
-    entry["properties"]["name"]["enum"] = list(transforms)
+    _or_plugin(entry["properties"]["name"], list(transforms))
     entry["allOf"] = [
         _when(
             "name",

@@ -204,6 +204,11 @@ class TrainConfig(ConfigModel):
         "cross-entropy (multi_label: binary cross-entropy).",
     )
     loss_args: LossConfig = Field(LossConfig(), description="Arguments of the loss.")
+    metrics: list[PluginName] = Field(
+        [],
+        description="Plugin metrics that are also computed, for the validation images after each epoch and for the "
+        "test images: val/NAME in metrics.jsonl and test_NAME in summary.json.",
+    )
     class_weights: Literal["none", "balanced"] | list[Weight] | dict[str, Weight] = Field(
         "none",
         description="balanced: weight the training loss by inverse class frequency (multi_label: for each label, so "

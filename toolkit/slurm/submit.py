@@ -107,8 +107,8 @@ def require_slurm() -> None:
     if shutil.which("sbatch") is None:
         raise UserError(
             "there is no SLURM on this machine (no sbatch). To train here: toolkit train RECIPE, or with several GPUs "
-            "accelerate launch --config_file launch/node.yaml -m toolkit.train RECIPE. "
-            "To print the script only: --dry-run. To try SLURM on one machine: slurm/local-cluster.sh"
+            "torchrun --standalone --nproc-per-node GPUS -m toolkit.train RECIPE. To print the script only: --dry-run. "
+            "To try SLURM on one machine: slurm/local-cluster.sh of the source"
         )
 
 

@@ -157,7 +157,7 @@ def build_context(
         accelerator,
         display,
         dataset,
-        build_task(recipe.task, len(dataset.classes)),
+        build_task(recipe.task, len(dataset.classes), recipe.train.metrics),
         splits,
         evaluated,
         stages,

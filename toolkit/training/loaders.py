@@ -163,7 +163,11 @@ def build_loaders(setup: TrainingContext, guard: Guard, cache_policy: CachePolic
         if plan.why_not_batched and recipe.augment.run_on == "auto":
             which = "augmented" if plan.batched is None else "augmented up to the crop"
             setup.display.log(f"{split} images are {which} one by one, by data workers: {plan.why_not_batched}")
-    cache = DistributedCache(setup, guard) if cache_policy != "none" and recipe.data.cache != "off" else None
+    is_cached = cache_policy != "none" and recipe.data.cache != "off"
+    if is_cached and setup.dataset.why_not_cached:
+        setup.display.log(f"images and features are not cached: {setup.dataset.why_not_cached}")
+        is_cached = False
+    cache = DistributedCache(setup, guard) if is_cached else None
     source = ImageLoaders(setup, plans, SplitImages(setup, plans))
     features = _features(setup, source, cache, guard) if cache_policy == "all" else None
     passes = recipe.train.epochs // len(setup.stages) if features is None else features.passes_needed()

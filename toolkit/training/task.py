@@ -7,6 +7,7 @@ are predicted independently.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.data.datasets import Dataset
-from toolkit.errors import UserError
+from toolkit.errors import RunFailed, UserError, first_line
+from toolkit.metrics import MEASURES
+from toolkit.plugins import PREFIX, find
 from toolkit.recipe.schema import Recipe, TaskConfig
 from toolkit.run_directory import LABEL_SEPARATOR, PREDICTION_COLUMNS, label_columns
 from toolkit.training.classification_metrics import (
@@ -55,11 +58,46 @@ class EvalResult:
         return ranking_curves(self.labels, self.outcomes[:, 1:])
 
 
+class PluginMetric:
+    """A metric of the user's own code: a function of labels and probabilities, as scikit-learn has them."""
+
+    def __init__(self, name: str, num_classes: int, *, multi_label: bool) -> None:
+        """``name``: as in the recipe. Raises UserError if there is no such plugin, or it fails on random labels."""
+        self.name = name.removeprefix(PREFIX)
+        if self.name in MEASURES:
+            raise UserError(
+                f"train.metrics: {self.name!r} is the name of a built-in metric; give the plugin another one"
+            )
+        self.function = find("metric", self.name).build({}, num_classes=num_classes)
+        random = np.random.default_rng(0)
+        scores = random.random((4 * num_classes, num_classes))
+        labels = random.permutation(np.arange(4 * num_classes) % num_classes)
+        try:
+            value = self((scores < random.random(scores.shape)).astype(np.uint8) if multi_label else labels, scores)
+        except RunFailed as error:
+            raise UserError(str(error)) from error
+        if not math.isfinite(value):
+            raise UserError(f"the metric {self.name!r} is {value} for random labels")
+
+    def __call__(self, labels: npt.NDArray[Any], probabilities: npt.NDArray[np.floating[Any]]) -> float:
+        """Return the value for ``labels``, [N] or for multi-label [N, K], and probabilities [N, K], as float64.
+
+        Raises RunFailed if the function fails, or does not return a number.
+        """
+        try:
+            return float(self.function(labels, probabilities.astype(np.float64)))
+        except Exception as error:  # the user's own code may raise anything
+            text = f"the metric {self.name!r} failed: {type(error).__name__}: {first_line(error)}"
+            raise RunFailed(text) from error
+
+
 @dataclass(frozen=True)
 class SingleLabel:
     """Each image has exactly one of ``classes`` classes."""
 
     classes: int
+    extra: tuple[PluginMetric, ...] = ()
+    """Other metrics to compute; they need the probabilities of all classes."""
     thresholds: None = None
     is_tuned: Literal[False] = False
     """Always false: there are no thresholds, because the most probable class is predicted."""
@@ -70,7 +108,7 @@ class SingleLabel:
     @property
     def width(self) -> int:
         """Number of columns of :meth:`outcomes`."""
-        return 4
+        return 4 + (self.classes if self.extra else 0)
 
     def loss(self, recipe: Recipe, class_weights: Tensor | None) -> Loss:
         """Return the recipe's training loss; ``class_weights`` as :meth:`balanced_weights` returns them."""
@@ -95,11 +133,16 @@ class SingleLabel:
         return logits.softmax(1)
 
     def outcomes(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return loss, prediction, its probability and whether the class is among the top 5: float32 [n, 4]."""
+        """Return loss, prediction, its probability and whether the class is among the top 5: float32 [n, 4].
+
+        With extra metrics, the probabilities of all classes follow: [n, 4 + K].
+        """
         losses = F.cross_entropy(logits, labels, reduction="none")
-        probability, prediction = logits.softmax(1).max(1)
+        probabilities = logits.softmax(1)
+        probability, prediction = probabilities.max(1)
         top5 = logits.topk(min(5, logits.shape[1]), 1).indices.eq(labels[:, None]).any(1)
-        return torch.stack([losses, prediction.float(), probability, top5.float()], 1)
+        found = torch.stack([losses, prediction.float(), probability, top5.float()], 1)
+        return torch.cat([found, probabilities], 1) if self.extra else found
 
     def with_thresholds_of(self, result: EvalResult) -> SingleLabel:
         """Return this task unchanged, because it has no thresholds."""
@@ -113,6 +156,7 @@ class SingleLabel:
         """Return the metrics of :data:`toolkit.metrics.MEASURES`, each name prefixed (e.g. with ``val/``)."""
         in_top5 = result.outcomes[:, 3].astype(bool)
         found = single_label_metrics(result.labels, self.predictions(result), in_top5, self.classes)
+        found |= {metric.name: metric(result.labels, result.outcomes[:, 4:]) for metric in self.extra}
         return {f"{prefix}{name}": value for name, value in {"loss": result.loss, **found}.items()}
 
     def class_metrics(self, result: EvalResult) -> tuple[ClassMetrics, dict[str, Floats]]:
@@ -145,6 +189,8 @@ class MultiLabel:
     """Minimum probability for a label to be predicted, 0..1, [K]."""
     is_tuned: bool = False
     """Whether the thresholds are chosen on the validation images."""
+    extra: tuple[PluginMetric, ...] = ()
+    """Other metrics to compute."""
     kind: Literal["multi_label"] = "multi_label"
     reproduced: tuple[str, ...] = ("loss",)
     """Without the accuracy, because rounding of a score may change a threshold and thereby many predictions."""
@@ -196,6 +242,7 @@ class MultiLabel:
     def metrics(self, result: EvalResult, prefix: str) -> dict[str, float]:
         """Return the metrics of :data:`toolkit.metrics.MEASURES`, each name prefixed (e.g. with ``val/``)."""
         found = multi_label_metrics(result.labels, self.predictions(result), result.curves)
+        found |= {metric.name: metric(result.labels, result.outcomes[:, 1:]) for metric in self.extra}
         return {f"{prefix}{name}": value for name, value in {"loss": result.loss, **found}.items()}
 
     def class_metrics(self, result: EvalResult) -> tuple[ClassMetrics, dict[str, Floats]]:
@@ -227,13 +274,17 @@ class MultiLabel:
 Task = SingleLabel | MultiLabel
 
 
-def build_task(table: TaskConfig, classes: int) -> Task:
-    """Return a recipe's task; thresholds to be chosen on the validation images are 0.5 until then."""
+def build_task(table: TaskConfig, classes: int, metrics: Sequence[str] = ()) -> Task:
+    """Return a recipe's task; thresholds to be chosen on the validation images are 0.5 until then.
+
+    ``metrics``: names of plugins whose metrics are also computed. Raises UserError if one cannot be used.
+    """
+    extra = tuple(PluginMetric(name, classes, multi_label=table.kind == "multi_label") for name in metrics)
     if table.kind == "single_label":
-        return SingleLabel(classes)
+        return SingleLabel(classes, extra)
     is_tuned = table.threshold == "validation"
     threshold = DEFAULT_THRESHOLD if is_tuned else float(table.threshold)
-    return MultiLabel(classes, np.full(classes, threshold), is_tuned)
+    return MultiLabel(classes, np.full(classes, threshold), is_tuned, extra)
 
 
 def task_from_dict(entry: dict[str, Any] | None, classes: int) -> Task:

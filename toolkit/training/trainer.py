@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from toolkit.distributed.process import (
     broadcast_object,
     gather_objects,
     leave,
+    main_only,
 )
 from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import Interrupted, RunFailed
@@ -45,6 +46,12 @@ from toolkit.training.state import (
 from toolkit.training.task import EvalResult
 from toolkit.training.train_step import RunningMetrics, TrainCallbacks
 
+EpochCallback = Callable[[Run, dict[str, Any]], object]
+"""Called on the main process at the end of each epoch, with the run and the epoch's line of metrics.jsonl.
+
+Returning True ends the training, as early stopping does. A resumed run calls it again for an epoch that was not saved.
+"""
+
 ADVICE = "Try a smaller optimizer.lr, train.max_grad_norm, or scheduler.warmup_epochs"
 
 
@@ -59,7 +66,9 @@ class Trainer:
         stop: GracefulStop,
         checkpoint: dict[str, Any] | None,
         cache_policy: CachePolicy = "all",
+        callbacks: Sequence[EpochCallback] = (),
     ) -> None:
+        self.callbacks = callbacks
         self.setup, self.run, self.tracking, self.stop = setup, run, tracking, stop
         self.recipe, self.accelerator, self.display = setup.recipe, setup.accelerator, setup.display
         self.progress = TrainProgress()
@@ -143,13 +152,14 @@ class Trainer:
         if not math.isfinite(record.get("val/loss", 0.0)):
             reason = f"the validation loss is {record['val/loss']} at epoch {epoch + 1}"
             raise self._not_finite(reason, (epoch, self.setup.steps))
-        is_best = self._is_best(record)
-        if is_best:
-            progress.best = record
         if recipe.early_stopping.metric in record:
             self.patience.update(record[recipe.early_stopping.metric])
         limit = recipe.early_stopping.patience
-        progress.stopped_early = limit is not None and self.patience.waited >= limit
+        has_converged = limit is not None and self.patience.waited >= limit
+        progress.stopped_early = self._end_of_callbacks(record) or has_converged
+        is_best = self._is_best(record)
+        if is_best:
+            progress.best = record
         if recipe.scheduler.name == "plateau":
             self.plateau.update(record[recipe.scheduler.metric])
         progress.epoch, progress.step, progress.sums, progress.last = epoch + 1, 0, [], record
@@ -162,17 +172,26 @@ class Trainer:
         self.save()
         marked = is_best and recipe.train.best_metric != "last"
         self.display.log(epoch_line(record, recipe.train.epochs, best=marked, images_per_s=speed))
-        if progress.stopped_early:
+        if progress.stopped_early and not has_converged:
+            self.display.log("stopped by a callback")
+        elif has_converged:
             self.display.log(
                 f"stopped: {recipe.early_stopping.metric} has not improved by more than "
                 f"{recipe.early_stopping.min_delta:g} for {limit} epochs"
             )
 
+    def _end_of_callbacks(self, record: dict[str, Any]) -> bool:
+        """Call the callbacks on the main process; return whether one of them ends the training (a collective)."""
+        run = self.run
+        if run is None or not self.callbacks:
+            return False
+        return main_only(self.accelerator, lambda: True in [callback(run, record) for callback in self.callbacks])
+
     def _is_best(self, record: dict[str, Any]) -> bool:
         """Return whether an epoch is the best so far; with train.best_metric = "last", only the final epoch is."""
         best_metric, best = self.recipe.train.best_metric, self.progress.best
         if best_metric == "last":
-            return bool(record["epoch"] >= self.recipe.train.epochs)
+            return self.progress.stopped_early or bool(record["epoch"] >= self.recipe.train.epochs)
         return best is None or epoch_rank(record, best_metric) > epoch_rank(best, best_metric)
 
     def _average_statistics(self) -> None:
