@@ -1,8 +1,8 @@
-"""Measure opening and splitting a table of 1.3 million images of 20,000 classes, and the memory of its workers.
+"""Measure opening and splitting 1.3 million images of 20,000 classes, and the memory of its workers.
 
-The image files are not needed, because opening a table reads none of them. Each format is opened in its own process.
-The results are its CPU time, its peak memory in addition to that of the imports, and the private memory of two forked
-workers that then read all names.
+The images are listed in a table, or are in a zip file. The image files are not needed, because opening reads none of
+them. Each format is opened in its own process. The results are its CPU time, its peak memory in addition to that of
+the imports, and the private memory of two forked workers that then read all names.
 
     python benchmarks/table_index.py [--rows 1300000] [--classes 20000]
 """
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,12 @@ from toolkit.data.splits import split_dataset, split_hash
 from toolkit.recipe.schema import DataConfig
 
 WORKERS = 2
+CSV_COLUMNS = ("{}", '{"group": "group"}', '{"keep": ["group"]}')
+"""[data.columns] of the measurements as JSON; formats other than CSV: only the first."""
 
 
 def write_tables(folder: Path, rows: int, classes: int) -> list[Path]:
-    """Write the same rows in random order, like those of exported tables, as CSV, JSON lines and Parquet."""
+    """Write the same rows in random order, like those of exported tables, as CSV, JSON lines, Parquet and zip."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -48,7 +51,10 @@ def write_tables(folder: Path, rows: int, classes: int) -> list[Path]:
         for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
             writer.writerow(row)
             lines.write(json.dumps(dict(zip(table.column_names, row, strict=True))) + "\n")
-    return [folder / f"images.{suffix}" for suffix in ("csv", "jsonl", "parquet")]
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for name in table["image"].to_pylist():
+            archive.writestr(name, b"-")
+    return [folder / f"images.{suffix}" for suffix in ("csv", "jsonl", "parquet", "zip")]
 
 
 def status(key: str) -> int:
@@ -62,9 +68,12 @@ def private_bytes() -> int:
     return 1024 * sum(int(kb) for kb in re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE))
 
 
-def measure(table: Path, columns: dict[str, str]) -> dict[str, float]:
-    """Open a table in this process; return seconds of CPU time (open_wall_s: wall-clock time) and MB."""
-    config = DataConfig.model_validate({"dataset": "table", "table": str(table), "columns": columns})
+def measure(table: Path, columns: dict[str, object]) -> dict[str, float]:
+    """Open a table or zip file in this process; return seconds of CPU time (open_wall_s: wall-clock time) and MB."""
+    source = {"dataset": "table", "table": str(table), "columns": columns}
+    config = DataConfig.model_validate(
+        {"dataset": "imagefolder", "root": str(table)} if table.suffix == ".zip" else source
+    )
     if table.suffix == ".parquet":
         import pyarrow.parquet  # noqa: F401
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -107,18 +116,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_300_000)
     parser.add_argument("--classes", type=int, default=20_000)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--groups", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--columns", type=json.loads, default={}, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure, {"group": "group"} if arguments.groups else {})))
+        print(json.dumps(measure(arguments.measure, arguments.columns)))
         return
     with tempfile.TemporaryDirectory() as folder:
         for table in write_tables(Path(folder), arguments.rows, arguments.classes):
-            for options in [[], ["--groups"]] if table.suffix == ".csv" else [[]]:
-                command = [sys.executable, __file__, "--measure", str(table), *options]
+            for columns in CSV_COLUMNS if table.suffix == ".csv" else CSV_COLUMNS[:1]:
+                command = [sys.executable, __file__, "--measure", str(table), "--columns", columns]
                 found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 size = table.stat().st_size / 1e6
-                print(f"{table.name} ({size:.0f} MB) {' '.join(options)}", {k: round(v, 1) for k, v in found.items()})
+                print(f"{table.name} ({size:.0f} MB) {columns}", {k: round(v, 1) for k, v in found.items()})
 
 
 if __name__ == "__main__":

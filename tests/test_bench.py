@@ -83,6 +83,19 @@ def test_comparing_with_the_plain_loop_needs_no_source_checkout(
     assert found["step_images_per_s"] > 0
 
 
+def test_comparing_a_multi_label_recipe_is_refused_before_anything_is_measured() -> None:
+    refused = toolkit("bench", QUICKSTART.with_name("two_digits.toml"), "--compare")
+    assert refused.status == 2
+    assert refused.stderr == '--compare: the plain loop trains with task.kind = "single_label" only\n'
+
+
+def test_of_progressive_sizes_the_last_one_is_measured_and_the_output_says_so() -> None:
+    few = ["train.batch_size=16", "data.images_per_class=8", "data.image_size=8", "data.progressive_sizes=[6, 8]",
+           'model={ source = "timm", name = "test_resnet" }']  # fmt: skip
+    speeds = bench.bench(load(QUICKSTART, few).recipe, steps=1, repeats=1)
+    assert "input size       8 x 8, the last of data.progressive_sizes" in bench.bench_text(speeds)
+
+
 def test_a_failure_of_the_plain_loop_is_reported_with_its_last_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,8 +202,8 @@ def test_a_single_folder_of_classes_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("paths", "parts"),
     [
-        (["images/1.jpg", "images/2.jpg"], ["holds only one class, images/ (2 images)", "not sorted into classes"]),
-        (["train/cat/1.jpg", "test/cat/1.jpg"], ["train holds only one class, cat/ (1 image)"]),
+        (["images/1.jpg", "images/2.jpg"], ["has only the class 'images' (2 images)", "not sorted into classes"]),
+        (["train/cat/1.jpg", "test/cat/1.jpg"], ["has only the class 'cat' (2 images); a classifier needs two"]),
         (["1.jpg", "2.jpg"], ["has no class folders", "holds 2 images directly"]),
         (["readme.txt"], ["has no class folders", "it is empty"]),
         (["images/a/1.jpg", "images/b/1.jpg", "meta/train.txt"],

@@ -18,18 +18,21 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import torch
 from cli import toolkit
 from finished import digit_files
 from PIL import Image
 
 from toolkit.cache.store import cache_root, clean, list_entries
 from toolkit.data import shard_files
+from toolkit.data.dataloader import BatchRequest, SplitDataset, WorkerBatches
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.encoded_sources import read_bytes
 from toolkit.data.image_sources import EncodedImages, check_images
 from toolkit.data.shard_files import FetchedShards
 from toolkit.data.shard_index import INDEX_NAME, Shard, ShardIndex
 from toolkit.data.shard_pack import pack
+from toolkit.data.shard_prefetch import shard_prefetch
 from toolkit.data.shard_source import ShardImages, check_reading_order
 from toolkit.errors import RunFailed, UserError
 from toolkit.recipe.schema import DataConfig
@@ -495,3 +498,47 @@ def test_an_order_that_would_fetch_shards_again_and_again_is_refused(url: str) -
     for settings in ({"shuffle_shards": 2, "cache_limit": 150_000 / 2**30}, {}):
         table = config(root=url, **settings)
         check_reading_order(open_dataset(table), table)
+
+
+# -- prefetch ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_next_shard_is_fetched_before_it_is_needed_and_no_more_than_one(url: str) -> None:
+    found = opened(url)
+    order = np.argsort(source(found).stored_in, kind="stable")
+    batches = np.array_split(np.arange(130), 13)
+    needed = [set(source(found).stored_in[order[batch]].tolist()) for batch in batches]
+    prefetch = shard_prefetch(found.images, order, batches)
+    assert prefetch is not None
+    for requested in range(14):
+        prefetch.advance(requested)
+        expected = set().union(*needed[:requested])
+        ahead = next((sorted(more - expected)[:1] for more in needed[requested:] if more - expected), [])
+        until = time.monotonic() + 20
+        while len(kept(found)) < len(expected) + len(ahead) and time.monotonic() < until:
+            time.sleep(0.002)
+        time.sleep(0.01)
+        assert {path.name.split("-", 1)[1] for path in kept(found)} == {
+            source(found).index.shards[number].name for number in {*expected, *ahead}
+        }
+    prefetch.finish()
+
+
+def test_batches_are_the_same_with_a_prefetch_that_fails(url: str, folder: Path) -> None:
+    """The data worker that needs the shard reports the fault, after the batches before it."""
+    fsspec.filesystem("memory").rm("/images/train-000001.tar")
+    found = opened(url)
+    order = np.argsort(source(found).stored_in, kind="stable")
+    transform = lambda pixels: torch.from_numpy(pixels.copy())  # noqa: E731
+    batches = WorkerBatches(SplitDataset(found.images, found.labels, order, transform, 0), 1, False)
+    requests = [BatchRequest(0, batch, batch) for batch in np.array_split(np.arange(130), 13)]
+    labels: list[int] = []
+
+    def load() -> None:
+        for _, more in batches.batches(requests):
+            labels.extend(more.tolist())
+
+    with pytest.raises(RunFailed, match=r"train-000001\.tar could not be read"):
+        load()
+    before = int((source(found).stored_in == 0).sum())
+    assert labels == found.labels[order][: before // 10 * 10].tolist()

@@ -255,7 +255,7 @@ def test_columns_that_cannot_be_kept_are_named(keep: list[str], message: str, tm
          "row 5: 1 field, but the header has 2. Correct or remove them"),
         ("a.png,cat\nb.png,dog\na.png,dog\n", {}, "row 4: a.png is also in row 2"),
         ("a.png,cat\nb.png,mouse\nc.png,2\n", {"class_names": ["cat", "dog"]},
-         "row 3: the label 'mouse' is not in data.class_names; row 4: the label '2' is not in data.class_names"),
+         "row 3: the label 'mouse' is not in data.class_names; row 4: the label '2' is not in data.class_names, "),
         ("a.png,cat\nb.png,dog\n", {"columns": {"label": "lable"}},
          "labels.csv has no column 'lable', only image, label; data.columns.label sets the "
          "column to read: did you mean label?"),
@@ -267,6 +267,11 @@ def test_columns_that_cannot_be_kept_are_named(keep: list[str], message: str, tm
         ("a.png,1\nb.png,2\n", {"columns": {"label": ["label", "image"]}}, "row 3: label is '2' instead of 0 or 1"),
         ("a.png,cat\nb.png,cat\n", {}, "has only the class 'cat'; a classifier needs two or more"),
         ("a.png,\nb.png,\n", {"label_separator": ";"}, "labels.csv has no label in any row; a classifier needs two"),
+        ("a.png,1\nb.png,2\n", {"class_names": ["cat", "dog"]},
+         "row 3: the label '2' is not in data.class_names, whose indices are 0 to 1"),
+        ("a.png,caf\u00e9\nb.png,cafe\u0301\n", {},
+         "labels.csv has two classes whose names look the same but consist of different Unicode characters, "
+         "'cafe\\u0301' and 'caf\\xe9': write both in the same form, such as NFC"),
         ("./a.png,cat\na.png,dog\nb//c.png,cat\nb/c.png,dog\n", {},
          "row 3: a.png is also in row 2; row 5: b/c.png is also in row 4"),
         (f"a.png,{'9' * 5000}\n", {}, f"has only the class '{'9' * 5000}'"),
@@ -309,6 +314,20 @@ def test_files_that_are_no_tables_are_refused(name: str, content: bytes | None, 
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert expected in error_of(tmp_path / name)
+
+
+@pytest.mark.parametrize(("label", "multi"), [(b"dog", False), (b"n\xe9", False), (b"n\xe9;dog", True)])
+def test_a_table_in_latin_1_is_read_and_noted(label: bytes, multi: bool, tmp_path: Path) -> None:
+    content = "image,label\n\u00e9\u4e2d.png,cat\n".encode() + b"n\xe9.png," + label + b"\nb.png," + label + b"\n"
+    (tmp_path / "labels.csv").write_bytes(content)
+    data = opened(tmp_path / "labels.csv", label_separator=";" if multi else None)
+    assert data.images.name(1) == "n%E9.png"
+    (note,) = (note for note in data.notes if "UTF-8" in note)
+    found = "row 3" if label == b"dog" else "row 3 and 1 other row"
+    assert note == (
+        f"{found} of {tmp_path}/labels.csv are not UTF-8, which is how tables are read; if the file is in another "
+        "encoding, such as Latin-1 or Windows-1252, save it as UTF-8"
+    )
 
 
 def test_rows_without_an_image_are_named(tmp_path: Path) -> None:

@@ -100,6 +100,12 @@ def test_a_table_may_have_test_images_of_one_class_only(run: Run, images: Path) 
     assert (found["images"], len(found["missing_classes"])) == (5, 9)
 
 
+def test_a_folder_may_have_one_class_only(run: Run, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images / "3", tmp_path / "threes" / "3")
+    found = evaluation(toolkit("evaluate", run.path, "--data", tmp_path / "threes", "--json"))
+    assert (found["images"], len(found["missing_classes"])) == (5, 9)
+
+
 def test_unknown_classes_are_refused_or_left_out(run: Run, images: Path) -> None:
     before = evaluation(toolkit("evaluate", run.path, "--data", images, "--name", "before", "--json"))
     shutil.copytree(images / "3", images / "33")

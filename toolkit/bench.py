@@ -43,6 +43,10 @@ class BenchmarkResult:
     device: str
     precision: str
     batch_size: int
+    image_size: list[int]
+    """Height and width of the inputs in pixels: data.image_size, the last one of progressive sizes."""
+    is_progressive: bool
+    """Whether the recipe has progressive sizes, of which only the last one was measured."""
     steps: int
     """Number of optimizer steps per repetition."""
     repeats: int
@@ -109,6 +113,7 @@ def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: flo
     are not used: every image passes through the whole model. Inputs have data.image_size, the last of progressive
     sizes. Raises UserError if an epoch has no step.
     """
+    is_progressive = recipe.data.progressive_sizes is not None
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"progressive_sizes": None})})
     accelerator = init_accelerator(recipe.train)
     display = Console(is_main=accelerator.is_main_process)
@@ -118,7 +123,7 @@ def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: flo
     if steps < 1:
         raise UserError("an epoch of this recipe has no step: nothing to measure")
     try:
-        result = _measure(training, steps, repeats, peak_tflops)
+        result = _measure(training, steps, repeats, peak_tflops, is_progressive)
         leave(accelerator)
         return result
     finally:
@@ -130,7 +135,9 @@ def is_main_process() -> bool:
     return bool(PartialState().is_main_process)
 
 
-def _measure(training: Trainer, steps: int, repeats: int, peak_tflops: float | None) -> BenchmarkResult:
+def _measure(
+    training: Trainer, steps: int, repeats: int, peak_tflops: float | None, is_progressive: bool
+) -> BenchmarkResult:
     setup, accelerator, table = training.setup, training.accelerator, training.recipe.train
     setup.transfer.train_mode()
     images = sum(
@@ -157,6 +164,8 @@ def _measure(training: Trainer, steps: int, repeats: int, peak_tflops: float | N
         device=_device_name(device),
         precision=accelerator.mixed_precision,
         batch_size=table.batch_size,
+        image_size=list(setup.stages[-1].image_size),
+        is_progressive=is_progressive,
         steps=steps,
         repeats=repeats,
         data_images_per_s=steps * per_step / data_seconds,
@@ -261,6 +270,8 @@ def bench_text(speeds: BenchmarkResult, plain: dict[str, Any] | None = None) -> 
     lines = [
         f"device           {speeds.device}, precision {speeds.precision}",
         f"batch size       {speeds.batch_size}; medians of {speeds.repeats} x {speeds.steps} steps",
+        f"input size       {' x '.join(map(str, speeds.image_size))}"
+        + (", the last of data.progressive_sizes; earlier epochs are faster" if speeds.is_progressive else ""),
         f"data only        {speeds.data_images_per_s:10,.1f} images/s",
         f"model only       {speeds.model_images_per_s:10,.1f} images/s",
         f"whole step       {speeds.step_images_per_s:10,.1f} images/s"

@@ -142,7 +142,7 @@ KINDS = (
     Kind("a class that only test has", lambda root: (_splits("train", "test")(root), write_images(root, "test/c")),
         refusal="training images do not have: c", plain=False),
     # depth
-    Kind("one class", lambda root: write_images(root, "images"), refusal="holds only one class, images/", plain=False),
+    Kind("one class", lambda root: write_images(root, "images"), refusal="has only the class 'images'", plain=False),
     Kind("no class folders", lambda root: write_image(root / "1.png"), refusal="has no class folders", plain=False),
     Kind("an empty root", lambda root: None, refusal="it is empty", plain=False),
     Kind("an empty class folder", lambda root: (root / "c").mkdir(), refusal=r"class folder \S*/c holds no image"),

@@ -10,6 +10,7 @@ import typer
 
 from toolkit.cli.errors import command
 from toolkit.cli.options import AsJson, Overrides, RecipePath, load_recipe
+from toolkit.errors import UserError
 
 
 @command
@@ -37,6 +38,8 @@ def bench(
     Example: toolkit bench recipes/resnet18_caltech.toml --compare
     """
     loaded = load_recipe(recipe, set_)
+    if compare and loaded.recipe.task.kind == "multi_label":
+        raise UserError('--compare: the plain loop trains with task.kind = "single_label" only')
     from toolkit import bench as module
 
     speeds = module.bench(loaded.recipe, steps=steps, repeats=repeats, peak_tflops=peak_tflops)

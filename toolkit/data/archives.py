@@ -31,6 +31,10 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Local header before each member of a zip file: signature, then the lengths of the name and the extra field."""
 
 
+FOLDER, SPECIAL = -1, -2
+"""Entries of folders that are not files; special: links and devices."""
+
+
 class Member(NamedTuple):
     """A file in an archive."""
 
@@ -54,12 +58,13 @@ class Archive:
     def __init__(self, path: str) -> None:
         """Read the index. Raises UserError if the file is not an archive, is truncated, or lacks random access."""
         self.path, self.is_zip = path, False
-        self.folders: dict[str, dict[str, str]] = {"": {}}
-        """Entries of each folder: their kind by name. The folder "" is the top of the archive."""
+        self.folders: dict[str, dict[str, int]] = {"": {}}
+        """Entries of each folder by name: the row of a file in the arrays below, FOLDER or SPECIAL.
+
+        The folder "" is the top of the archive.
+        """
         self.numbers: dict[str, int] = {"": 0}
         """Number of each folder by path."""
-        self.rows: dict[str, int] = {}
-        """Row of each file in the arrays below, by path."""
         self.offsets, self.stored, self.sizes, self.checksums = array("q"), array("q"), array("q"), array("q")
         self.deflated = bytearray()
         try:
@@ -72,6 +77,11 @@ class Archive:
         length = os.path.getsize(path)
         if any(offset + stored > length for offset, stored in zip(self.offsets, self.stored, strict=True)):
             raise UserError(f"the archive {path} is truncated: some of its files lie beyond its end")
+
+    def row(self, path: str) -> int:
+        """Return the row of a file in the arrays."""
+        folder, _, name = path.rpartition("/")
+        return self.folders[folder][name]
 
     def _members(self) -> Iterator[Member]:
         with open(self.path, "rb") as file:
@@ -100,9 +110,9 @@ class Archive:
             self._add_folder(name)
             return
         self._add_folder(folder)
-        self.folders[folder][last] = member.kind
+        self.folders[folder][last] = SPECIAL
         if member.kind == "file":  # if several members have the same path, the last one is used, as when unpacking
-            self.rows[name] = len(self.offsets)
+            self.folders[folder][last] = len(self.offsets)
             self.offsets.append(member.offset)
             self.stored.append(member.stored)
             self.sizes.append(member.size)
@@ -113,13 +123,17 @@ class Archive:
         if folder not in self.folders:
             parent, _, last = folder.rpartition("/")
             self._add_folder(parent)
-            self.folders[parent][last] = "folder"
+            self.folders[parent][last] = FOLDER
             self.folders[folder], self.numbers[folder] = {}, len(self.numbers)
 
 
 def _zip_members(path: str) -> Iterator[Member]:
     with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
+        archive.NameToInfo.clear()
+        infos = archive.filelist[::-1]
+        archive.filelist.clear()
+        while infos:  # each one is freed when it was read: those of a million files take 700 MB
+            info = infos.pop()
             kind = "folder" if info.is_dir() else "special" if (info.external_attr >> 28) == 0xA else "file"
             if kind == "file" and (info.flag_bits & 1 or info.compress_type not in (0, zipfile.ZIP_DEFLATED)):
                 how = "encrypted" if info.flag_bits & 1 else f"compressed with method {info.compress_type}"
@@ -187,7 +201,7 @@ class ArchiveImages:
         """``paths`` are relative to ``folder`` in the archive."""
         self._names = PackedStrings(paths)
         prefix = f"{folder}/" if folder else ""
-        rows = np.array([archive.rows[prefix + self._names[i]] for i in range(len(self._names))], dtype=np.int64)
+        rows = np.array([archive.row(prefix + self._names[i]) for i in range(len(self._names))], dtype=np.int64)
         self._folder, self._is_zip = f"{archive.path}/{prefix}", archive.is_zip
         self._offsets, self._stored, self._sizes, self._checksums = (
             np.frombuffer(values, dtype=np.int64)[rows]

@@ -24,10 +24,13 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from toolkit.augment.transforms import ImageTransform, preserved_random_states
 from toolkit.data.image_sources import ImageSource, InMemoryImages, Pixels
 from toolkit.data.sampling import IntArray, MicroBatch, SamplingPlan, hash64
+from toolkit.data.shard_prefetch import shard_prefetch
 from toolkit.distributed.cpu_count import available_cpus
 from toolkit.errors import RunFailed, UserError
 
 MAX_WORKERS = 16
+PREFETCH_FACTOR = 2
+"""Number of batches that each worker loads before they are used; PyTorch's default."""
 SMALL_BYTES = 8 * 2**20
 """In-memory images up to this size (digits: 0.1 MB) use no workers: communication would take longer than loading."""
 
@@ -182,6 +185,7 @@ class DataWorkerPool:
             collate_fn=_as_is,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
+            prefetch_factor=PREFETCH_FACTOR if workers else None,
             worker_init_fn=_start_worker if workers else None,
             # fork shares the index and the array with the workers; it is not safe on systems other than Linux.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -268,15 +272,29 @@ class WorkerBatches(DataWorkerPool):
     def __init__(self, split: SplitDataset, workers: int, pin_memory: bool, finish: Finish | None = None) -> None:
         """``finish``: computes model inputs from the images that the workers return."""
         super().__init__(split, workers, pin_memory)
-        self.size, self.finish = len(split.indices), finish
+        self.split, self.size, self.finish = split, len(split.indices), finish
+        self.ahead = PREFETCH_FACTOR * workers
+        """Number of batches that workers load before they are used."""
 
     def __len__(self) -> int:
         return self.size
 
     def batches(self, requests: Sequence[BatchRequest]) -> Iterator[tuple[Tensor, Tensor]]:
         """See :class:`BatchSource`."""
-        for request, (images, labels) in zip(requests, self.answers(requests), strict=True):
-            yield images if self.finish is None else self.finish(images, request.view, request.keys), labels
+        answers, prefetch = self.answers(requests), None
+        try:
+            for number, (request, (images, labels)) in enumerate(zip(requests, answers, strict=True), 1):
+                if number == 1:  # the workers have been forked, which must not happen beside a thread
+                    batches = [each.positions for each in requests]
+                    prefetch = shard_prefetch(self.split.images, self.split.indices, batches)
+                if prefetch is not None:
+                    prefetch.advance(number + self.ahead)
+                yield images if self.finish is None else self.finish(images, request.view, request.keys), labels
+            if prefetch is not None:
+                prefetch.finish()
+        finally:
+            if prefetch is not None:
+                prefetch.stop()
 
 
 def worker_count(setting: int | str, images: ImageSource, local_processes: int) -> int:

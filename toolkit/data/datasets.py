@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from toolkit.data.image_sources import CANNOT_READ, HAS_CHANGED, EncodedImages, 
 from toolkit.data.sampling import IntArray
 from toolkit.errors import UserError
 from toolkit.filenames import encode_name, escape_control_characters
+from toolkit.formatting import plural
 from toolkit.recipe.schema import DataConfig
 
 CALTECH_IMAGES, CALTECH_BACKGROUND = "101_ObjectCategories", "BACKGROUND_Google"
@@ -89,11 +91,31 @@ def open_dataset(table: DataConfig, *, for_training: bool = True) -> Dataset:
     where = table.table or table.name or ", ".join(table.roots)
     if for_training and len(dataset.classes) < 2:
         found = f"only the class {dataset.classes[0]!r}" if dataset.classes else "no label in any row"
-        raise UserError(f"{where} has {found}; a classifier needs two or more classes")
+        hint = ""
+        if table.dataset == "imagefolder":
+            found += f" ({plural(len(dataset.labels), 'image')})"
+            hint = (
+                ": images belong in <data.root>/<class>/ or <data.root>/train/<class>/. Is data.root the folder of a "
+                "single class, or are the images not sorted into classes?"
+            )
+        raise UserError(f"{where} has {found}; a classifier needs two or more classes{hint}")
+    _check_distinct(dataset.classes, where)
     if for_training and not len(dataset.lists["train"]):
         raise UserError(f"{where} has no training images: no row has the split train")
     classes = [encode_name(name) for name in dataset.classes]
     return replace(dataset, classes=classes, notes=tuple(map(escape_control_characters, dataset.notes)))
+
+
+def _check_distinct(classes: Sequence[str], where: str) -> None:
+    """Raise UserError if two class names are the same text, written with different Unicode characters."""
+    known: dict[str, str] = {}
+    for name in (name for name in classes if not name.isascii()):
+        other = known.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise UserError(
+                f"{where} has two classes whose names look the same but consist of different Unicode characters, "
+                f"{other!a} and {name!a}: write both in the same form, such as NFC"
+            )
 
 
 def open_digits(table: DataConfig) -> Dataset:

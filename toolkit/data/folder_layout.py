@@ -68,13 +68,6 @@ def read_layout(root: Path, class_folders: str = "auto", unread: Collection[str]
     classes = sorted(files["train"])
     for split in files:
         _check_known(split, root / splits[split], list(files[split]), classes)
-    if len(classes) < 2:
-        raise UserError(
-            f"{root / splits['train']} holds only one class, {classes[0]}/ "
-            f"({plural(len(files['train'][classes[0]]), 'image')}), "
-            "and a classifier needs two or more: images belong in <data.root>/<class>/ or <data.root>/train/<class>/. "
-            "Is data.root the folder of a single class, or are the images not sorted into classes?"
-        )
     for split in files:
         absent = [name for name in classes if name not in files[split]]
         if absent and split not in unread:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from toolkit.data.archives import find_archive
+from toolkit.data.archives import FOLDER, find_archive
 from toolkit.errors import UserError
 
 IMAGE_SUFFIXES = (
@@ -53,9 +53,9 @@ def list_folder(path: str | Path) -> FolderListing:
         if (within := find_archive(path)) is None:
             raise UserError(f"the folder {path} cannot be read: {error.strerror}") from None
         archive, folder = within
-        for name, kind in sorted(archive.folders[folder].items()):
-            if not _leave_out_hidden(name, kind == "folder", found):
-                _add(name, kind == "folder", kind == "file", found)
+        for name, row in sorted(archive.folders[folder].items()):
+            if not _leave_out_hidden(name, row == FOLDER, found):
+                _add(name, row == FOLDER, row >= 0, found)
     except OSError as error:
         raise UserError(f"the folder {path} cannot be read: {error.strerror}") from None
     return found

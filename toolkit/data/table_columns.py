@@ -351,6 +351,23 @@ def _lists(splits: _Codes) -> dict[str, IntArray]:
     return {split: np.flatnonzero(codes == splits.codes.get(split, -1)) for split in named}
 
 
+def describe_encoding(table: Table, examples: Examples) -> list[str]:
+    """Return a note for the log if paths or labels are not UTF-8, as in files in Latin-1."""
+    is_odd = np.array([any("\udc80" <= char <= "\udcff" for char in name) for name in examples.classes])
+    odd = np.flatnonzero(is_odd[examples.labels] if examples.labels.ndim == 1 else examples.labels @ is_odd)
+    buffer, ends = examples.paths.arrays()
+    high = np.unique(np.searchsorted(ends, np.flatnonzero(buffer > 127), side="right") - 1)
+    in_path = [i for i in high.tolist() if any("\udc80" <= char <= "\udcff" for char in examples.paths[i])]
+    rows = sorted({*odd.tolist(), *in_path})
+    if not rows:
+        return []
+    more = f" and {plural(len(rows) - 1, 'other row')}" if len(rows) > 1 else ""
+    return [
+        f"{table.describe_row(int(examples.rows[rows[0]]))}{more} of {table.path} are not UTF-8, which is how tables "
+        "are read; if the file is in another encoding, such as Latin-1 or Windows-1252, save it as UTF-8"
+    ]
+
+
 def describe_columns(table: Table, config: ColumnsConfig) -> list[str]:
     """Return notes for the log: which columns are read, and whether an unused column looks like splits."""
     labels = {"label": ", ".join(config.label)} if isinstance(config.label, list) else {}

@@ -25,7 +25,7 @@ from toolkit.cache.store import (
 )
 from toolkit.data.datasets import Dataset, encoded_images
 from toolkit.data.encoded_sources import EncodedSource, ImageFiles, PackedImages, PackedStrings
-from toolkit.data.table_columns import Examples, RowFaults, describe_columns, read_examples
+from toolkit.data.table_columns import Examples, RowFaults, describe_columns, describe_encoding, read_examples
 from toolkit.data.table_files import Table, open_table_file, read_encoded
 from toolkit.errors import UserError
 from toolkit.formatting import plural
@@ -62,7 +62,11 @@ def open_table(config: DataConfig) -> Dataset:
         lists=examples.lists,
         native_size=None,
         native_channels=3,
-        notes=(*describe_columns(table, config.columns), *_divided_groups(examples)),
+        notes=(
+            *describe_columns(table, config.columns),
+            *describe_encoding(table, examples),
+            *_divided_groups(examples),
+        ),
         groups=examples.groups,
         weights=examples.weights,
         kept=examples.kept,
