@@ -231,7 +231,7 @@ def test_killed_before_each_file_operation_at_the_end(tmp_path: Path, world: int
         killed(world, folder, recipe, functools.partial(kill_before_file_operation, count, begin), *EMA)
         if only_run(folder).is_finished:
             break
-    assert count == 11, "best weights, predictions.csv, class_metrics.csv and finally summary.json"
+    assert count == 14, "best weights, predictions.csv, class_metrics.csv, curves.csv and finally summary.json"
     assert outcome(only_run(folder)) == plain
 
 

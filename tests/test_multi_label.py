@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +416,11 @@ def test_a_study_has_a_table_and_a_page(tmp_path: Path, table: Path, kind: str) 
     assert ("Validation mAP" in page) == (kind == "multi_label")
 
 
+def _missed_and_wrong(row: dict[str, str]) -> Iterator[tuple[str, str]]:
+    labels, predictions = ({name for name in row[key].split(";") if name} for key in ("labels", "predictions"))
+    yield from itertools.product(labels - predictions, predictions - labels)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_w_and_b_gets_the_metrics_of_both_kinds_offline(tmp_path: Path, table: Path, kind: str) -> None:
     offline = 'tracking={ trackers = ["wandb"], mode = "offline" }'
@@ -423,7 +431,23 @@ def test_w_and_b_gets_the_metrics_of_both_kinds_offline(tmp_path: Path, table: P
     run = open_run(folder)
     measures = {"loss", *measures_of(kind)}
     assert {f"val/{name}" for name in measures} <= set(run.epoch_records()[0])
-    assert history(run, "offline-run-*") == run.metric_records()
+    *lines, results = history(run, "offline-run-*")
+    assert lines == run.metric_records()
+    errors = "label_errors" if kind == "multi_label" else "confusion_matrix"
+    assert {key.split(".")[0] for key in results} == {
+        "epoch", "predictions", "class_metrics", f"{errors}_table", "precision_recall_table", "roc_table",
+        "images_per_s_table", "filters", "training_samples",
+    }  # fmt: skip
+    if kind == "single_label":
+        return  # more in test_wandb_results.py
+    (files,) = run.path.glob("wandb/offline-run-*/files")
+    predictions = json.loads((files / results["predictions.path"]).read_text())
+    assert predictions["columns"][2:5] == ["labels", "predictions", "largest error"]
+    correct = run.correct_predictions()
+    assert [row[5] for row in predictions["data"]] == sorted(correct.values())[: len(predictions["data"])]
+    cells = json.loads((files / results["label_errors_table.path"]).read_text())["data"]
+    together = [one for row in run.prediction_records() for one in _missed_and_wrong(row)]
+    assert {(a, b): count for a, b, count in cells if count} == Counter(together)
 
 
 def test_the_data_report_counts_labels(tmp_path: Path, table: Path) -> None:

@@ -64,7 +64,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 
 def tracked(*names: str) -> tuple[str, ...]:
-    return (*EMA, "--set", f"tracking.trackers={json.dumps(names)}")
+    """Return settings for trackers that get the metrics only; what W&B gets besides is in test_wandb_results.py."""
+    return (*EMA, "--set", f"tracking.trackers={json.dumps(names)}", "--set", "tracking.upload=[]")
 
 
 def begin(folder: Path, *settings: str, world: int = 1, prepare: Callable[[int], None] | None = None) -> Trainers:

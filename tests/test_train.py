@@ -40,7 +40,8 @@ def train(tmp_path: Path, *arguments: str, recipe: str = "quickstart.toml") -> R
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Train a short run with W&B offline, step-level logging and TensorBoard."""
     settings = ["train.epochs=3", "train.log_every=2", 'tracking.trackers=["wandb", "tensorboard"]',
-                'tracking.tags=["tried"]', 'tracking.notes="a note"', 'tracking.project="testing"']  # fmt: skip
+                "tracking.upload=[]", 'tracking.tags=["tried"]', 'tracking.notes="a note"',
+                'tracking.project="testing"']  # fmt: skip
     return train(tmp_path_factory.mktemp("runs"), *SMALL, *(part for s in settings for part in ("--set", s)))
 
 

@@ -16,7 +16,9 @@ from cli import Outcome, toolkit
 from report_runs import small_study, write_run
 from wandb_server import KEY, ServerRun, WandbServer, logged_in_here, wandb_server, without_login
 
+from toolkit.report import run_report
 from toolkit.report import study_report as written_study
+from toolkit.runs import Run
 from toolkit.study.directory import StudyDirectory
 
 pytestmark = pytest.mark.long
@@ -29,6 +31,7 @@ def _a_machine_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(written_study, "save", lambda figure, folder, name: [])
     monkeypatch.setattr(written_study, "page_svg", lambda figure, label, is_light: "<svg></svg>")
+    monkeypatch.setattr(run_report, "_figures", lambda data: {})
 
 
 @pytest.fixture
@@ -182,6 +185,54 @@ def test_a_report_that_the_server_rejects_is_one_message(
     assert "Traceback" not in outcome.stderr
 
 
-def test_a_wandb_report_of_a_run_is_refused(tmp_path: Path) -> None:
-    outcome = toolkit("report", str(write_run(tmp_path, images=False).path), "--wandb")
-    assert (outcome.status, "--wandb is for studies" in outcome.stderr) == (2, True)
+# Runs
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Write a finished run tracked by W&B."""
+    run = write_run(tmp_path, images=False)
+    folder = run.path / "wandb" / "offline-run-20260101_000000-known-1"
+    folder.mkdir(parents=True)
+    (folder / "run-known-1.wandb").touch()
+    return run
+
+
+def test_the_report_of_a_run_has_what_was_uploaded(run: Run, server: WandbServer) -> None:
+    outcome = toolkit("report", run.path, "--wandb", "--figures-only")
+    assert outcome.status == 2
+    assert outcome.stderr.endswith(f"no W&B report: the run is not on W&B; toolkit sync {run.path} uploads it\n")
+    uploaded(server, ["known-1", "somebody-elses"])
+    assert toolkit("report", run.path, "--wandb", "--figures-only").status == 0
+    assert f"W&B has no charts, tables and images of this run; `toolkit sync {run.path}`." in blocks(
+        server, "markdown-block"
+    )[1]["content"]  # fmt: skip
+    server.runs["known-1"].summary = dict.fromkeys(
+        ("confusion_matrix_table", "roc_table", "filters", "training_samples", "predictions", "val/loss"), 1
+    )
+    outcome = toolkit("report", run.path, "--wandb")
+    assert outcome.status == 0, outcome.stderr
+    (view,) = server.views.values()
+    assert view["displayName"] == f"known {run.id}"
+    assert outcome.stdout.splitlines()[-1].startswith(f"{server.url}/me/toolkit/reports/")
+    (table,) = [block["content"] for block in blocks(server, "markdown-block")]
+    assert "| test accuracy (%) | 71.43 |" in table
+    curves, results = blocks(server, "panel-grid")
+    for grid in (curves, results):
+        (runset,) = grid["metadata"]["runSets"]
+        assert _values(runset["filters"]) == [(("run", "name"), "IN", ["known-1"])]
+    assert len(curves["metadata"]["panelBankSectionConfig"]["panels"]) == 5, "four metrics and the learning rate"
+    panels = results["metadata"]["panelBankSectionConfig"]["panels"]
+    charts = [panel["config"] for panel in panels if panel["viewType"] == "Vega2"]
+    assert [chart["panelDefId"] for chart in charts] == ["wandb/confusion_matrix/v1", "wandb/area-under-curve/v0"]
+    assert "roc_table" in json.dumps(charts[1])
+    media = [panel["config"]["mediaKeys"] for panel in panels if panel["viewType"] == "Media Browser"]
+    assert media == [["filters"], ["training_samples"]]
+    (weave,) = [panel for panel in panels if panel["viewType"] == "Weave"]
+    assert '"predictions"' in json.dumps(weave)
+
+
+def test_the_report_of_an_untracked_run_is_one_message(tmp_path: Path, server: WandbServer) -> None:
+    outcome = toolkit("report", write_run(tmp_path, images=False).path, "--wandb", "--figures-only")
+    assert outcome.status == 2
+    assert outcome.stderr.splitlines()[-1].endswith("was not tracked by W&B")

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
+from wandb_artifacts import ArtifactStore
 
 KEY = "a" * 40
 """A key whose format W&B's client accepts."""
@@ -55,6 +57,9 @@ class WandbServer(ThreadingHTTPServer):
         self.refusing: set[str] = set()
         self.asked = 0
         """Questions so far."""
+        self.artifacts = ArtifactStore(self.url)
+        self.files: dict[str, bytes] = {}
+        """Uploaded files that belong to a run, by name."""
         self.hung = 0
         """Requests that were not answered in time."""
 
@@ -103,7 +108,8 @@ class WandbServer(ThreadingHTTPServer):
                 return {"viewer": {"id": "1", "entity": "me", "username": "me", "email": "", "flags": "{}",
                                    "teams": {"edges": []}}}  # fmt: skip
             case "ServerFeaturesQuery":
-                return {"serverInfo": {"features": []}}
+                features = [{"name": "ARTIFACT_MEMBERSHIP_IN_LINK_ARTIFACT_RESPONSE", "isEnabled": True}]
+                return {"serverInfo": {"features": features}}
             case "OrganizationCoreWeaveOrganizationID":
                 return {"entity": {"organization": None}}
             case "RunResumeStatus":
@@ -122,7 +128,7 @@ class WandbServer(ThreadingHTTPServer):
             case "CreateRunFiles":
                 files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
                 return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
-        return None
+        return self.artifacts.answer(operation, variables)
 
     def _upsert_view(self, variables: dict[str, Any]) -> dict[str, Any]:
         known = variables.get("id")
@@ -167,7 +173,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({})
 
     def do_PUT(self) -> None:
-        self._body()
+        body, path = self._body(), unquote(self.path)
+        if path.startswith("/upload/artifact/"):
+            self.server.artifacts.put(path, body)
+        else:
+            self.server.files[path.removeprefix("/upload/")] = body
         self._send({})
 
     def do_POST(self) -> None:

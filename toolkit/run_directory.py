@@ -6,7 +6,9 @@
       split.json         image names of each split, and a hash; split-1.json, ...: splits from before the data changed
       metrics.jsonl      one object per logging step and epoch
       summary.json       final metrics (written at the end)
+      throughput.csv     training images per second of each epoch
       predictions.csv    test: path, label, prediction, probability (best model); absent without a test split
+      class_metrics.csv  test: metrics of each class; curves.csv: precision-recall and ROC curves
       origins.json       for each recipe key, where its value came from
       figures/           SVG and PDF, for print; report.html: everything in one file
       checkpoints/       best.safetensors, model.json, and what is needed to resume
@@ -22,6 +24,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -173,14 +176,32 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def throughput_file(self) -> Path:
+        """Epoch and training images per second, without a header; if an epoch occurs twice, the last line counts."""
+        return self.path / "throughput.csv"
+
+    def throughput(self) -> dict[int, float]:
+        """Return the training images per second of each epoch; earlier versions did not record them."""
+        if not self.throughput_file.exists():
+            return {}
+        lines = read_bytes(self.throughput_file).decode(errors="replace").splitlines()
+        pairs = (re.fullmatch(r"(\d+),(\d+\.\d\d)", line) for line in lines)
+        return {int(pair[1]): float(pair[2]) for pair in pairs if pair}
+
+    @property
     def recipe(self) -> Recipe:
         """The resolved recipe that the run was started with."""
         return load_recipe(self.path / "recipe.toml", with_plugins=False)
 
     @property
+    def summary_file(self) -> Path:
+        """Final metrics; exists if the run has finished."""
+        return self.path / "summary.json"
+
+    @property
     def summary(self) -> dict[str, Any]:
         """Final metrics. Raises UserError if the run has not finished."""
-        path = self.path / "summary.json"
+        path = self.summary_file
         return check_shape(path, update_summary(read_json(path)), _Summary)
 
     @property

@@ -28,14 +28,19 @@ from accelerate.tracking import MLflowTracker
 
 from toolkit.errors import EXIT_OK, Interrupted, UserError, first_line
 from toolkit.recipe.schema import Recipe
+from toolkit.runs import Run
 
 CONNECT_SECONDS = 3
 INIT_SECONDS = 15
+MAX_LABEL = 128
+"""Maximum length of a run's name and job type on W&B."""
 OFFLINE_ATTEMPTS, OFFLINE_PAUSE_S = 10, 3.0
 FINISH_SECONDS = 7
 """Seconds to wait for uploads at the end: a stopped run must exit within 10 s. `toolkit sync` can upload the rest."""
 LEAVE_SECONDS = FINISH_SECONDS + 0.5
 """Maximum number of seconds for closing all trackers, in case one hangs in its client."""
+UPLOAD_SECONDS = 3600
+"""Maximum number of seconds to wait for the upload of a finished run's results, unless a stop is requested."""
 BACKLOG = 100_000
 """Maximum number of lines queued for a slow tracker; about 50 MB."""
 
@@ -104,13 +109,15 @@ class Tracking:
         self.names: list[str] = list(recipe.tracking.trackers) if accelerator.is_main_process else []
         self.log_message = log
         self.threads: list[TrackerThread] = []
-        self.wandb_mode = ""
+        self.wandb_mode, self.offline_reason = "", ""
+        self.results_of: Run | None = None
+        """The run whose results W&B has been given."""
         if "wandb" in self.names:
-            self.wandb_mode, why = wandb_mode(recipe.tracking.mode)
+            self.wandb_mode, self.offline_reason = wandb_mode(recipe.tracking.mode)
             if self.wandb_mode == "disabled":
                 self.names.remove("wandb")
-            elif why:
-                log(f"W&B is offline: {why}. To upload later: toolkit sync {folder}")
+            elif self.offline_reason:
+                log(f"W&B is offline: {self.offline_reason}. To upload later: toolkit sync {folder}")
         config = flatten(recipe.model_dump(mode="json", exclude_none=True))
         if set(self.names) - {"mlflow"}:
             self._start(recipe, folder, run_id, config)
@@ -136,7 +143,7 @@ class Tracking:
         started.wait(INIT_SECONDS)
 
     def _start(self, recipe: Recipe, folder: Path, run_id: str, config: dict[str, Any]) -> None:
-        settings = wandb_settings(recipe, folder, run_id, self.wandb_mode)
+        settings = wandb_settings(recipe, Run(folder), run_id, self.wandb_mode, folder)
         self.accelerator.log_with = _tracker_types([name for name in self.names if name != "mlflow"])
         try:
             self._init(recipe, settings, config, folder)
@@ -144,7 +151,8 @@ class Tracking:
             if self.wandb_mode != "online":
                 self._fail(error)
                 return
-            self.log_message(f"W&B did not respond ({first_line(error)}); logging offline instead")
+            self.offline_reason = f"W&B did not respond ({first_line(error)})"
+            self.log_message(f"{self.offline_reason}; logging offline instead")
             self.wandb_mode = settings["mode"] = "offline"
             self._init_offline(recipe, settings, config, folder)
 
@@ -194,6 +202,37 @@ class Tracking:
             elif thread.tracker.name == "mlflow":
                 thread.submit(lambda tracker: tracker.log(flat))
 
+    def send_results(self, run: Run, is_stopped: Callable[[], bool]) -> None:
+        """Give W&B the results of a finished run, and wait for the upload until a stop is requested.
+
+        Does nothing if W&B is offline without being asked to: `toolkit sync` creates them when it uploads the run.
+        """
+        thread = next((thread for thread in self.threads if thread.tracker.name == "wandb"), None)
+        if thread is None or self.offline_reason:
+            return
+        is_done, is_abandoned = threading.Event(), threading.Event()
+
+        def send(tracker: Any) -> None:
+            from toolkit.wandb_results import results_step, send_results, uploads
+
+            try:
+                if uploads(run):
+                    send_results(tracker.tracker, run, results_step(run), is_abandoned.is_set)
+                    self.results_of = None if is_abandoned.is_set() else run
+            except Exception as error:  # whatever fails here must not end a training run
+                reason = f"{first_line(error)}); toolkit sync {run.path} tries again"
+                self.log_message(f"warning: W&B did not get the run's tables, images and artifacts ({reason}")
+            finally:
+                is_done.set()
+
+        thread.submit(send)
+        deadline = time.monotonic() + UPLOAD_SECONDS
+        while not is_done.wait(0.1) and not thread.failed:
+            if is_stopped() or time.monotonic() > deadline:
+                is_abandoned.set()
+                self.log_message(f"W&B has not received everything; to upload the rest: toolkit sync {run.path}")
+                return
+
     def finish(self, exit_code: int) -> None:
         """Close the trackers with the run's exit status (0 done, 3 interrupted, else failed)."""
         for thread in self.threads:
@@ -201,6 +240,10 @@ class Tracking:
         deadline = time.monotonic() + LEAVE_SECONDS
         for thread in self.threads:
             thread.wait(deadline - time.monotonic())
+            if thread.tracker.name == "wandb" and self.results_of is not None and not thread.failed:
+                from toolkit.wandb_results import record_step, results_step
+
+                record_step(self.results_of, results_step(self.results_of), complete=self.wandb_mode == "online")
 
 
 def _close(tracker: Any, exit_code: int) -> None:
@@ -280,17 +323,24 @@ def define_axes(run: Any) -> None:
     run.define_metric("*", step_metric="epoch")
 
 
-def wandb_settings(recipe: Recipe, folder: Path, run_id: str, mode: str) -> dict[str, Any]:
-    """Return the arguments of ``wandb.init``; a resumed run continues under its id."""
+def wandb_settings(recipe: Recipe, run: Run, run_id: str, mode: str, folder: Path) -> dict[str, Any]:
+    """Return the arguments of ``wandb.init``, whose client writes to ``folder``; a resumed run keeps its id.
+
+    Runs of a study are named after row, seed and fold, and their job type is the row.
+    """
     import wandb
 
-    table = recipe.tracking
+    from toolkit.study.directory import member_of
+
+    table, member = recipe.tracking, member_of(run)
+    name = f"{recipe.recipe.name} {run.id}" if member is None else f"{recipe.recipe.name}: {member.title}"
     return {
         "mode": mode,
         "id": re.sub(r"[^\w-]", "-", run_id),
         "resume": "allow",
         "dir": str(folder),
-        "name": table.run_name or f"{recipe.recipe.name} {run_id}",
+        "name": table.run_name or name[:MAX_LABEL],
+        "job_type": "train" if member is None else member.row[:MAX_LABEL],
         "group": table.group or recipe.recipe.name,
         "entity": table.entity,
         "tags": list(table.tags),

@@ -5,6 +5,7 @@ W&B's offline files are not used: an interrupted run has several with the same i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -18,6 +19,7 @@ from toolkit.reading import Shape, read_bytes, read_json
 from toolkit.run_directory import RunInUse
 from toolkit.runs import Run
 from toolkit.trackers import define_axes, flatten, offline_reason, wandb_settings
+from toolkit.wandb_results import record_step, results_step, send_results, sent_step, uploads
 from toolkit.writing import write_atomically
 
 INIT_SECONDS = 60
@@ -76,7 +78,7 @@ def sync(run: Run) -> SyncResult:
     try:
         digest, marker = _digest(run), run.path / "wandb" / "synced.json"
         done = read_json(marker, _Marker) if marker.exists() else {}
-        if done.get("digest") == digest:
+        if done.get("digest") == digest and not _lacks_results(run):
             return SyncResult(str(run.path), "already", url=done.get("url"))
         _require_server()
         sent = _upload(run, wandb_id)
@@ -85,6 +87,11 @@ def sync(run: Run) -> SyncResult:
         return sent
     finally:
         lock.release()
+
+
+def _lacks_results(run: Run) -> bool:
+    """Return whether a finished run has results that were not sent completely."""
+    return run.is_finished and uploads(run) and sent_step(run) is None
 
 
 def _require_server() -> None:
@@ -116,7 +123,7 @@ def _upload(run: Run, wandb_id: str) -> SyncResult:
         raise UserError(f"{run.metrics_file} is damaged: a line has no step: {json.dumps(damaged)[:60]}")
     metrics = flatten(run.summary) if run.is_finished else {}
     with tempfile.TemporaryDirectory(prefix="toolkit-sync-") as folder:
-        arguments = wandb_settings(recipe, Path(folder), wandb_id, "online") | {"settings": _settings(wandb)}
+        arguments = wandb_settings(recipe, run, wandb_id, "online", Path(folder)) | {"settings": _settings(wandb, run)}
         try:
             remote = wandb.init(project=recipe.tracking.project, **arguments)
             remote.config.update(flatten(recipe.model_dump(mode="json", exclude_none=True)), allow_val_change=True)
@@ -125,9 +132,16 @@ def _upload(run: Run, wandb_id: str) -> SyncResult:
             for line in missing:
                 remote.log(line, step=line["step"])
             remote.summary.update(metrics)
+            last, sends_results = max((line["step"] for line in lines), default=-1), run.is_finished and uploads(run)
+            if sends_results:
+                last, is_new = _results_step(run, remote.starting_step)
+                if is_new:
+                    send_results(remote, run, last)
             url, path = remote.url, remote.path
             remote.finish(exit_code=EXIT_OK if run.is_finished else Interrupted.exit_status)
-            _wait_until_shown(wandb.Api(), path, max((line["step"] for line in lines), default=-1))
+            _wait_until_shown(wandb.Api(), path, last)
+            if sends_results:
+                record_step(run, last, complete=True)
         except Exception as error:  # of the client, its HTTP library or the system
             raise RunFailed(
                 f"{run.path}: the upload is incomplete ({first_line(error)}); run toolkit sync again to send the rest"
@@ -137,12 +151,28 @@ def _upload(run: Run, wandb_id: str) -> SyncResult:
     return SyncResult(str(run.path), "uploaded", len(missing), url)
 
 
-def _settings(wandb: Any) -> Any:
+def _results_step(run: Run, next_step: int) -> tuple[int, bool]:
+    """Return the step of the run's results on W&B, and whether they must be sent.
+
+    ``next_step``: the one after the last step that the server has. If an earlier upload was interrupted after the
+    server got the step, but perhaps not all files, the results are sent again, at a new step.
+    """
+    sent = sent_step(run)
+    if sent is not None and next_step > sent:
+        return sent, False
+    return max(results_step(run), next_step), True
+
+
+def _settings(wandb: Any, run: Run) -> Any:
     """Return settings with longer timeouts than in training.
 
-    They exclude data about this machine, which need not be the one that trained the run.
+    They exclude data about this machine, which need not be the one that trained the run, whose commit they have.
     """
+    git = None
+    with contextlib.suppress(UserError):  # environment.json is missing or damaged
+        git = run.environment.get("git")
     return wandb.Settings(
+        git_commit=git["commit"] if git else None,
         init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
         silent=True, console="off", x_disable_stats=True, x_disable_meta=True, disable_git=True, disable_code=True,
     )  # fmt: skip

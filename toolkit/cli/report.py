@@ -31,7 +31,7 @@ def report(
         typer.Option(help="RUN: numbers of first-layer filters to apply to an image, such as 3,17.", metavar="NUMBERS"),
     ] = None,
     runs: Annotated[bool, typer.Option("--runs", help="STUDY: also write the reports of all its runs.")] = False,
-    wandb: Annotated[bool, typer.Option("--wandb", help="STUDY: also create a W&B report and print its link.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Also create a W&B report and print its link.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the report of a run or a study.
@@ -57,15 +57,18 @@ def report(
             url, missing = create_wandb_report(found, path)
             written = replace(written, missing=[*written.missing, *missing], url=url)
     else:
-        if runs or wandb:
-            option = "--runs" if runs else "--wandb"
-            raise UserError(f"{option} is for studies; {path} is a run directory")
+        if runs:
+            raise UserError(f"--runs is for studies; {path} is a run directory")
         from toolkit.report.run_report import write_report
         from toolkit.runs import Run
 
         written = write_report(
             Run(path), out, figures_only=figures_only, data_root=data_root, filters=numbers, log=_log
         )
+        if wandb:
+            from toolkit.report.wandb_run_report import create_wandb_run_report
+
+            written = replace(written, url=create_wandb_run_report(Run(path)))
     _print_result(written, as_json)
 
 

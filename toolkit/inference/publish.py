@@ -129,11 +129,18 @@ def how_to_push(folder: Path, repo: str) -> str:
 
 
 def model_card(
-    run: Run, trained: TrainedModel, recipe: Recipe, summary: dict[str, Any], repo: str, license_id: str
+    run: Run,
+    trained: TrainedModel,
+    recipe: Recipe,
+    summary: dict[str, Any],
+    repo: str,
+    license_id: str,
+    *,
+    hub: bool = True,
 ) -> str:
-    """Return README.md: the Hub's front matter, then use, data, recipe, metrics, limits and license.
+    """Return README.md: use, data, recipe, metrics, limits and license; for the Hub, its front matter comes first.
 
-    Raises jinja2.UndefinedError if the summary lacks a value.
+    Without ``hub``, ``repo`` is the name of a W&B artifact. Raises jinja2.UndefinedError if the summary lacks a value.
     """
     environment = Environment(  # autoescape is for HTML; the card is Markdown
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -142,7 +149,7 @@ def model_card(
     title, model = repo.rpartition("/")[2], recipe.model
     is_convnet = model.source == "toolkit"
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        front_matter=_front_matter(trained, recipe, summary, title, license_id),
+        front_matter=_front_matter(trained, recipe, summary, title, license_id) if hub else "",
         title=title,
         architecture="A ConvNet that `recipe.toml` describes" if is_convnet else f"`{model.name}` of {model.source}",
         info=info_of(recipe.data.dataset, recipe.data.name),

@@ -42,6 +42,9 @@ SLURM_MEMORY = r"^\d+[KMGT]?$"
 SLURM_OPTION = r"^--[a-z][a-z-]*(=[\w.,:/@%+=&|*()\[\]-]+)?$"
 """Pattern of options that need no quoting in an #SBATCH line: no quotation marks or spaces."""
 
+REGISTRY = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,99})?$"
+"""Pattern of a W&B registry, with or without a collection."""
+
 if TYPE_CHECKING:  # type checkers cannot evaluate a Literal of computed names
     EpochMetric = str
     ValidationMetric = str

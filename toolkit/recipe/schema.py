@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from toolkit.recipe.base import (
+    REGISTRY,
     SECONDS,
     SLURM_FEATURES,
     SLURM_MEMORY,
@@ -113,9 +114,28 @@ class TrackingConfig(ConfigModel):
     project: Name = Field("toolkit", description="W&B project or MLflow experiment.")
     entity: str | None = Field(None, description="W&B user or team; default: your own.")
     group: str | None = Field(None, description="W&B group, and MLflow tag `group`; default: the recipe's name.")
-    run_name: str | None = Field(None, description="Run name in W&B and MLflow; default: recipe name and run id.")
+    run_name: str | None = Field(
+        None,
+        description="Run name in W&B and MLflow; default: recipe name and run id; in W&B, for a run of a study, "
+        "its row, seed and fold.",
+    )
+    upload: list[Literal["results", "model"]] = Field(
+        ["results"],
+        description="What W&B gets at the end of a run besides metrics. results, 1 to 10 MB: tables, charts, images, "
+        "report, console output, lists of the data set's images. model: the best weights, as a model artifact.",
+    )
+    registry: Annotated[str, Field(pattern=REGISTRY)] | None = Field(
+        None,
+        description="W&B registry to which the model is linked, under the recipe's name or as registry/collection; "
+        "implies upload of the model.",
+    )
     tags: list[str] = Field([], description="W&B tags; in MLflow, one tag that contains all, separated by commas.")
     notes: str = Field("", description="W&B notes or MLflow description; default: the recipe's description.")
+
+    @property
+    def uploads_model(self) -> bool:
+        """Whether W&B gets the best weights."""
+        return "model" in self.upload or self.registry is not None
 
 
 class Expectation(ConfigModel):

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from toolkit.recipe.base import (
     NAME_PATTERN,
     PLUGIN_PATTERN,
+    REGISTRY,
     SLURM_FEATURES,
     SLURM_MEMORY,
     SLURM_OPTION,
@@ -28,6 +29,7 @@ PATTERNS = {
     NAME_PATTERN: "text that starts with a letter or digit, followed by letters, digits and _+=,@-, with "
     "single spaces and dots between them, at most 100 characters",
     PLUGIN_PATTERN: '"plugin:NAME"',
+    REGISTRY: "the name of a registry, or registry/collection; letters, digits and _.-",
     SLURM_WORD: "text of letters, digits and _.,@+-",
     SLURM_FEATURES: "text of letters, digits and _.,:&|*()[]@+-",
     SLURM_MEMORY: "a size such as 64G (K, M, G or T; megabytes without a unit)",

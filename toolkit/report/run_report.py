@@ -86,16 +86,36 @@ def write_report(
     """
     data = load_run_data(run)
     load_images(data, data_root, filters)
+    return write_report_of(data, output, figures_only=figures_only, log=log)
+
+
+def write_report_of(
+    data: RunData,
+    output: Path | None = None,
+    *,
+    figures_only: bool = False,
+    page_only: bool = False,
+    log: Callable[[str], None],
+) -> ReportResult:
+    """Write the figures and the page of a run whose data have been loaded; see :func:`write_report`.
+
+    ``page_only``: draw only what the page embeds, which is several times as fast.
+    """
+    run = data.run
     svg: dict[str, str] = {}
     files: list[Path] = []
     with plot_style(log):
         for name, draw in _figures(data).items():
+            if page_only and name not in ON_PAGE:
+                continue
             figure = data.try_load(f"figure {name}", draw)
             if figure is None:
                 continue
             if name in ON_PAGE and not figures_only:
                 svg[name] = page_svg(figure, ON_PAGE[name])
-            files += save(figure, run.figures, name, ("png", "pdf") if name in PHOTO_FIGURES else PRINT)
+            if not page_only:
+                kinds = ("png", "pdf") if name in PHOTO_FIGURES else PRINT
+                files += save(figure, run.figures, name, kinds)
     page = None if figures_only else write_run_page(output or run.report_file, data, svg, files)
     return ReportResult(page, files, data.missing)
 
@@ -136,8 +156,8 @@ def _figures(data: RunData) -> dict[str, Callable[[], Figure]]:
 # -- figures of the data set ------------------------------------------------------------------------------------------
 
 
-def load_images(data: RunData, data_root: Path | None, filters: Sequence[int]) -> None:
-    """Add to ``data`` everything that requires the data set's images.
+def load_images(data: RunData, data_root: Path | None, filters: Sequence[int]) -> RunImages | None:
+    """Add to ``data`` everything that requires the data set's images, and return them; None if it is not available.
 
     ``filters``: numbers, from 1, of filters to apply to an image.
     """
@@ -148,6 +168,7 @@ def load_images(data: RunData, data_root: Path | None, filters: Sequence[int]) -
         data.effect = data.try_load("figure filter-effect", lambda: _filter_effect(data, images, filters))
     if images is not None and data.split:
         data.samples = data.try_load("figure samples", lambda: _samples(data, images))
+    return images
 
 
 def _open(data: RunData, data_root: Path | None) -> RunImages:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from toolkit.wandb_sync import wandb_run_id
 from toolkit.writing import write_atomically
 
 FILE = "wandb-report.json"
-"""File in the study's folder that records the report, so that the next call updates it."""
+"""File in the folder of a study or run that records the report, so that the next call updates it."""
 MAX_TITLE = 128
 """Maximum length of a title on W&B."""
 UNSAFE = r"[/?#%\\<>]"
@@ -45,23 +46,38 @@ def create_wandb_report(found: StudyResults, folder: Path) -> tuple[str, list[st
     runs do not appear in it. Raises UserError if there is no login, the server does not answer, or it has none of the
     study's runs; RunFailed if the server rejects the report.
     """
+    reports = open_library()
+    import wandb
+
+    with server_errors():
+        tracked, missing = _tracked(found, folder, wandb.Api())
+        if not tracked:
+            raise UserError(f"no W&B report: none of the study's runs is on W&B; toolkit sync {folder} uploads them")
+        description = f"{sum(map(len, tracked.values()))} runs of the study {found.name}"
+        blocks = _blocks(reports, found, tracked, missing)
+        return save_report(reports, folder, next(iter(tracked)), found.title, description, blocks), missing
+
+
+@contextlib.contextmanager
+def server_errors() -> Iterator[None]:
+    """Raise RunFailed in place of whatever the client, its HTTP library or its schema raises in this context."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise RunFailed(f"W&B rejected the report ({first_line(error)}); try again later") from error
+
+
+def open_library() -> Any:
+    """Return W&B's library for reports. Raises UserError if it is not installed, or W&B cannot be used."""
     reports = _library()
     if why := offline_reason():
         raise UserError(
             f"no W&B report: {why}. Log in with: wandb login (or set WANDB_API_KEY, and WANDB_BASE_URL for your own "
             "server). The HTML report requires neither"
         )
-    import wandb
-
-    try:
-        tracked, missing = _tracked(found, folder, wandb.Api())
-        if not tracked:
-            raise UserError(f"no W&B report: none of the study's runs is on W&B; toolkit sync {folder} uploads them")
-        return _save(reports, found, folder, tracked, missing), missing
-    except UserError:
-        raise
-    except Exception as error:  # from the client, its HTTP library or its schema
-        raise RunFailed(f"W&B rejected the report ({first_line(error)}); try again later") from error
+    return reports
 
 
 def _library() -> Any:
@@ -87,7 +103,7 @@ def _tracked(found: StudyResults, folder: Path, api: Any) -> tuple[TrackedRuns, 
             local.setdefault((config.entity or str(api.default_entity), config.project), {})[run_id] = result
     tracked: TrackedRuns = {}
     for project, runs in local.items():
-        uploaded = _on_server(api, project, list(runs))
+        uploaded = on_server(api, project, list(runs))
         if present := {run_id: result for run_id, result in runs.items() if run_id in uploaded}:
             tracked[project] = present
     known, present_count = (sum(map(len, runs.values())) for runs in (local, tracked))
@@ -99,7 +115,7 @@ def _tracked(found: StudyResults, folder: Path, api: Any) -> tuple[TrackedRuns, 
     return tracked, missing
 
 
-def _on_server(api: Any, project: Project, ids: Sequence[str]) -> set[str]:
+def on_server(api: Any, project: Project, ids: Sequence[str]) -> set[str]:
     """Return the ids of those runs that are on the server."""
     try:
         runs = api.runs("/".join(project), filters={"name": {"$in": list(ids)}}, per_page=min(max(len(ids), 1), 500))
@@ -110,16 +126,17 @@ def _on_server(api: Any, project: Project, ids: Sequence[str]) -> set[str]:
         return set()
 
 
-def _save(reports: Any, found: StudyResults, folder: Path, tracked: TrackedRuns, missing: list[str]) -> str:
-    """Create or update the report, record it in the study's folder, and return its URL."""
-    entity, project = next(iter(tracked))
-    name = " ".join(re.sub(UNSAFE, " ", found.title).split())[:MAX_TITLE]
-    report = reports.Report(entity=entity, project=project, title=name)
-    report.description = f"{sum(map(len, tracked.values()))} runs of the study {found.name}"
-    report.blocks = _blocks(reports, found, tracked, missing)
-    report.id = _existing_id(reports, folder, (entity, project))
+def save_report(
+    reports: Any, folder: Path, project: Project, title: str, description: str, blocks: Sequence[Any]
+) -> str:
+    """Create or update the report of a study or run, record it in its folder, and return its URL."""
+    name = " ".join(re.sub(UNSAFE, " ", title).split())[:MAX_TITLE]
+    report = reports.Report(entity=project[0], project=project[1], title=name)
+    report.description = description
+    report.blocks = list(blocks)
+    report.id = _existing_id(reports, folder, project)
     report.save()
-    content = {"id": report.id, "entity": entity, "project": project, "url": report.url}
+    content = {"id": report.id, "entity": project[0], "project": project[1], "url": report.url}
     write_atomically(folder / FILE, (json.dumps(content, indent=2) + "\n").encode())
     return str(report.url)
 
@@ -141,9 +158,23 @@ def _blocks(reports: Any, found: StudyResults, tracked: TrackedRuns, missing: Se
     rows = list(dict.fromkeys(result.member.row for result in found.results))
     runsets = [_runset(reports, project, runs, rows) for project, runs in tracked.items()]
     labels = {run_id: result.title for runs in tracked.values() for run_id, result in runs.items()}
-    metrics = curves_of(record for result in found.results for record in result.epochs)
-    captions = {**{metric: metric_of(metric).title for metric in metrics}, "lr": "Learning rate"}
-    curves = [
+    records = [record for result in found.results for record in result.epochs]
+    return [
+        reports.H1("Table"),
+        reports.MarkdownBlock(markdown(main_table(found))),
+        reports.H1("Curves"),
+        reports.PanelGrid(runsets=runsets, panels=curve_panels(reports, records, labels)),
+        reports.H1("Comparison"),
+        reports.PanelGrid(runsets=runsets, panels=_comparison(reports, found)),
+        reports.H1("Notes"),
+        reports.MarkdownBlock(_notes(found, missing)),
+    ]
+
+
+def curve_panels(reports: Any, records: Sequence[Container[str]], labels: Mapping[str, str]) -> list[Any]:
+    """Return a panel for each metric that epoch records have, and the learning rate; ``labels``: titles by W&B id."""
+    captions = {**{metric: metric_of(metric).title for metric in curves_of(records)}, "lr": "Learning rate"}
+    return [
         reports.LinePlot(
             title=caption,
             x="epoch",
@@ -154,16 +185,6 @@ def _blocks(reports: Any, found: StudyResults, tracked: TrackedRuns, missing: Se
             line_titles={f"{run_id}:{metric}": label for run_id, label in labels.items()},
         )
         for metric, caption in captions.items()
-    ]
-    return [
-        reports.H1("Table"),
-        reports.MarkdownBlock(markdown(main_table(found))),
-        reports.H1("Curves"),
-        reports.PanelGrid(runsets=runsets, panels=curves),
-        reports.H1("Comparison"),
-        reports.PanelGrid(runsets=runsets, panels=_comparison(reports, found)),
-        reports.H1("Notes"),
-        reports.MarkdownBlock(_notes(found, missing)),
     ]
 
 

@@ -81,6 +81,11 @@ class StudyRun:
         """Fold of the run; None if the study does not vary it."""
         return self.changes.get(FOLD)
 
+    @property
+    def title(self) -> str:
+        """Row name, seed and fold."""
+        return f"{self.row}, seed {self.seed}" + ("" if self.fold is None else f", fold {self.fold}")
+
 
 class _Study(Shape):
     """Schema of study.json."""
@@ -267,6 +272,15 @@ def claim(run: Run) -> Lock | None:
 def is_claimed(run: Run) -> bool:
     """Return whether a worker has claimed the run."""
     return is_held(run.path / CLAIM)
+
+
+def member_of(run: Run) -> StudyRun | None:
+    """Return a run's entry in its study; None for a run that belongs to none, or if study.json is damaged."""
+    folder = StudyDirectory(run.path.absolute().parent)
+    with contextlib.suppress(UserError):
+        if folder.exists:
+            return next((member for member in folder.members if member.run == run.id), None)
+    return None
 
 
 def open_runs(folder: StudyDirectory) -> Iterator[Run]:

@@ -44,8 +44,7 @@ class RunResult:
     @property
     def title(self) -> str:
         """Row name, seed and fold."""
-        fold = "" if self.member.fold is None else f", fold {self.member.fold}"
-        return f"{self.member.row}, seed {self.member.seed}{fold}"
+        return self.member.title
 
     def values(self, metric: str) -> list[float]:
         """Return a metric of metrics.jsonl after each epoch trained so far."""

@@ -5,7 +5,7 @@ A label is *present* in an image or *absent* from it. It is predicted if its sco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +90,13 @@ class RankingCurve:
         return found
 
     @property
+    def false_positive_rate(self) -> Floats:
+        """False positive rate at each threshold; the label must be absent from an image."""
+        misses = self.retrieved - self.hits
+        found: Floats = misses / misses[-1]
+        return found
+
+    @property
     def average_precision(self) -> float:
         """Average precision, 0..1: the mean of the precisions, weighted by the increases in recall.
 
@@ -100,9 +107,7 @@ class RankingCurve:
     @property
     def auroc(self) -> float:
         """Area under the ROC curve, 0..1; the label must be present in some images and absent from others."""
-        misses = self.retrieved - self.hits
-        true_rate, false_rate = self.hits / self.positives, misses / misses[-1]
-        return float(np.trapezoid(np.append(0.0, true_rate), np.append(0.0, false_rate)))
+        return float(np.trapezoid(np.append(0.0, self.recall), np.append(0.0, self.false_positive_rate)))
 
     @property
     def best_threshold(self) -> float:
@@ -130,6 +135,28 @@ def ranking_curve(present: npt.NDArray[np.generic], scores: npt.NDArray[np.float
 def ranking_curves(labels: npt.NDArray[np.uint8], scores: npt.NDArray[np.floating]) -> list[RankingCurve]:
     """Return the curve of each label. ``labels``: 1 for present labels, [N, K]. ``scores``: in 0..1, [N, K]."""
     return [ranking_curve(labels[:, k], scores[:, k]) for k in range(labels.shape[1])]
+
+
+CURVE_COLUMNS = ("class", "threshold", "precision", "recall", "false_positive_rate")
+"""Columns of curves.csv."""
+MAX_CURVES, MAX_CURVE_POINTS = 50, 100
+"""Maximum number of classes in curves.csv, and of thresholds of each."""
+
+
+def curve_rows(curves: Sequence[RankingCurve], classes: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of curves.csv: points of each class's precision-recall and ROC curve, in the order of the classes.
+
+    Of many classes only those with the lowest average precision are included, of many thresholds an equally spaced
+    selection by rank. Classes that are present in all images, or in none, have no curves.
+    """
+    drawn = [k for k, curve in enumerate(curves) if 0 < curve.positives < curve.retrieved[-1]]
+    hardest = sorted(drawn, key=lambda k: curves[k].average_precision)[:MAX_CURVES]
+    for k in sorted(hardest):
+        curve = curves[k]
+        points = np.unique(np.linspace(0, len(curve.thresholds) - 1, MAX_CURVE_POINTS).round().astype(np.int64))
+        values = (curve.thresholds, curve.precision, curve.recall, curve.false_positive_rate)
+        for point in points:
+            yield classes[k], *(f"{column[point]:.6g}" for column in values)
 
 
 def single_label_metrics(labels: Ints, predictions: Ints, in_top5: Bools, classes: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from toolkit.distributed.process import StopTraining, broadcast_object
 from toolkit.errors import Interrupted, RunFailed
 from toolkit.runs import Run
 from toolkit.training.checkpoint import best_path, link_best
+from toolkit.training.classification_metrics import CURVE_COLUMNS, curve_rows
 from toolkit.training.task import EvalResult, Task
 from toolkit.training.trained_model import load_model
 from toolkit.training.trainer import Trainer
@@ -96,7 +97,8 @@ def _evaluate_both(training: Trainer) -> _FinalModels:
     else:
         _verify_equal(training, written)
     has_test = training.setup.has("test")
-    test = training.evaluate_network(network, "test") if has_test else None
+    scored = training.setup.task.with_scores(len(training.setup.splits["test"]))
+    test = training.evaluate_network(network, "test", scored) if has_test else None
     best = _model_metrics(progress.best, task, test)
     if progress.best["epoch"] == progress.last["epoch"]:
         return _FinalModels(best, dict(best), task, task, test)
@@ -149,7 +151,7 @@ def _model_metrics(record: dict[str, Any], task: Task, test: EvalResult | None) 
 
 
 def _write_results(training: Trainer, run: Run, models: _FinalModels) -> None:
-    """Write the chosen thresholds to model.json, and predictions.csv and class_metrics.csv of the test images."""
+    """Write the chosen thresholds to model.json; of the test images predictions.csv, class_metrics.csv, curves.csv."""
     task, test, dataset = models.task, models.test, training.setup.dataset
     if task.is_tuned:
         run.write_json("checkpoints/model.json", run.model_card | {"task": task.to_dict()})
@@ -164,6 +166,7 @@ def _write_results(training: Trainer, run: Run, models: _FinalModels) -> None:
     columns = zip(dataset.classes, of_class.support.tolist(), *shares.values(), strict=True)
     texts = ((name, support, *(f"{value:.9g}" for value in values)) for name, support, *values in columns)
     run.write_text("class_metrics.csv", csv_text(("class", "support", *shares), texts))
+    run.write_text("curves.csv", csv_text(CURVE_COLUMNS, curve_rows(task.curves(test), dataset.classes)))
 
 
 def _summary(training: Trainer, models: _FinalModels) -> dict[str, Any]:

@@ -122,11 +122,11 @@ def fit(
                 summary = finish(training) if training.run_epochs(until) else None
                 if summary is not None:
                     tracking.summarize(summary)
+                    display.note(closing_text(recipe, summary))
+                    write_summary(training, summary)
+                    tracking.send_results(run, stop.is_wanted)
             if summary is None:
                 display.log(f"paused after epoch {training.progress.epoch}, as requested")
-            else:
-                display.note(closing_text(recipe, summary))
-                write_summary(training, summary)
         leave(accelerator)
     return run
 

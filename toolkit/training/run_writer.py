@@ -62,6 +62,15 @@ class RunWriter:
         with contextlib.suppress(OSError):
             self._write_lines()
 
+    def add_speed(self, epoch: int, images_per_s: float) -> None:
+        """Append an epoch's speed to throughput.csv, which a resumed run may write twice; lost if the disk is full.
+
+        Not in metrics.jsonl, which is the same for equal runs.
+        """
+        if self.run is not None:
+            with contextlib.suppress(OSError), open(self.run.throughput_file, "a", encoding="utf-8") as file:
+                file.write(f"{epoch},{images_per_s:.2f}\n")
+
     def stage_best_weights(self, epoch: int, state: dict[str, Tensor]) -> None:
         """Keep a copy of the best epoch's weights for the next :meth:`flush`."""
         if self.run is not None:

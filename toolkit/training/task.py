@@ -31,11 +31,15 @@ from toolkit.training.classification_metrics import (
     RankingCurve,
     multi_label_class_metrics,
     multi_label_metrics,
+    ranking_curve,
     ranking_curves,
     single_label_class_metrics,
     single_label_metrics,
 )
 from toolkit.training.losses import Loss, training_loss
+
+MAX_SCORES = 20_000_000
+"""Maximum number of probabilities of test images that are kept for the curves of the classes; 80 MB."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,22 @@ class SingleLabel:
     kind: Literal["single_label"] = "single_label"
     reproduced: tuple[str, ...] = ("loss", "accuracy")
     """Metrics that the saved weights must reproduce up to rounding."""
+    keeps_scores: bool = False
+    """Whether to compute the probabilities of all classes for :meth:`curves`."""
 
     @property
     def width(self) -> int:
         """Number of columns of :meth:`outcomes`."""
-        return 4 + (self.classes if self.extra else 0)
+        return 4 + (self.classes if self.has_scores else 0)
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether :meth:`outcomes` has the probabilities of all classes."""
+        return bool(self.extra) or self.keeps_scores
+
+    def with_scores(self, images: int) -> SingleLabel:
+        """Return the task with ``keeps_scores``, unless the scores of that many images would take too much memory."""
+        return replace(self, keeps_scores=images * self.classes <= MAX_SCORES)
 
     def loss(self, recipe: Recipe, class_weights: Tensor | None) -> Loss:
         """Return the recipe's training loss; ``class_weights`` as :meth:`balanced_weights` returns them."""
@@ -135,14 +150,14 @@ class SingleLabel:
     def outcomes(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return loss, prediction, its probability and whether the class is among the top 5: float32 [n, 4].
 
-        With extra metrics, the probabilities of all classes follow: [n, 4 + K].
+        With ``has_scores``, the probabilities of all classes follow: [n, 4 + K].
         """
         losses = F.cross_entropy(logits, labels, reduction="none")
         probabilities = logits.softmax(1)
         probability, prediction = probabilities.max(1)
         top5 = logits.topk(min(5, logits.shape[1]), 1).indices.eq(labels[:, None]).any(1)
         found = torch.stack([losses, prediction.float(), probability, top5.float()], 1)
-        return torch.cat([found, probabilities], 1) if self.extra else found
+        return torch.cat([found, probabilities], 1) if self.has_scores else found
 
     def with_thresholds_of(self, result: EvalResult) -> SingleLabel:
         """Return this task unchanged, because it has no thresholds."""
@@ -162,6 +177,11 @@ class SingleLabel:
     def class_metrics(self, result: EvalResult) -> tuple[ClassMetrics, dict[str, Floats]]:
         """Return the metrics of each class, and the additional columns of class_metrics.csv."""
         return single_label_class_metrics(result.labels, self.predictions(result), self.classes), {}
+
+    def curves(self, result: EvalResult) -> list[RankingCurve]:
+        """Return the curve of each class against all others; empty without scores."""
+        scores = result.outcomes[:, 4:]
+        return [ranking_curve(result.labels == k, scores[:, k]) for k in range(scores.shape[1])]
 
     def prediction_columns(self, classes: list[str]) -> Sequence[str]:
         """Return the column names of predictions.csv."""
@@ -252,6 +272,14 @@ class MultiLabel:
         areas = [curve.auroc if 0 < curve.positives < len(result.labels) else np.nan for curve in curves]
         others = {"average_precision": np.array(precisions), "auroc": np.array(areas), "threshold": self.thresholds}
         return multi_label_class_metrics(result.labels, self.predictions(result)), others
+
+    def with_scores(self, images: int) -> MultiLabel:
+        """Return this task: its outcomes always have the scores."""
+        return self
+
+    def curves(self, result: EvalResult) -> list[RankingCurve]:
+        """Return the curve of each label."""
+        return result.curves
 
     def prediction_columns(self, classes: list[str]) -> Sequence[str]:
         """Return the column names of predictions.csv."""

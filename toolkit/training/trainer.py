@@ -43,7 +43,7 @@ from toolkit.training.state import (
     restore_rest,
     state_tensors,
 )
-from toolkit.training.task import EvalResult
+from toolkit.training.task import EvalResult, Task
 from toolkit.training.train_step import RunningMetrics, TrainCallbacks
 
 EpochCallback = Callable[[Run, dict[str, Any]], object]
@@ -167,6 +167,7 @@ class Trainer:
             with self.averaged_weights():
                 self.writer.stage_best_weights(epoch + 1, self.setup.built.module.state_dict())
         self.writer.add_line(record)
+        self.writer.add_speed(epoch + 1, speed)
         if self.tracking is not None:
             self.tracking.log(record, record["step"])
         self.save()
@@ -205,9 +206,10 @@ class Trainer:
         with self.averaged_weights():
             return self.evaluate_network(self.train_step.network, split)
 
-    def evaluate_network(self, network: nn.Module, split: str) -> EvalResult:
+    def evaluate_network(self, network: nn.Module, split: str, task: Task | None = None) -> EvalResult:
         """Evaluate a module with the architecture of the trained one on a split (a collective).
 
+        ``task``: determines the outcomes, in place of the run's task.
         Raises StopTraining if a stop was requested.
         """
         loader, rounds = self.loaders.evaluation(split)
@@ -217,7 +219,7 @@ class Trainer:
                 network,
                 self._with_progress(bar, self.consensus.stop_aware(loader, rounds)),
                 labels,
-                self.setup.task,
+                task or self.setup.task,
                 self.accelerator.device,
                 autocast_dtype=autocast_dtype(self.accelerator.mixed_precision),
                 channels_last=self.recipe.train.channels_last,
