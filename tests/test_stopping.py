@@ -165,7 +165,7 @@ def wandb_ids(folder: Path) -> Iterator[str]:
 
 
 def test_a_resumed_run_keeps_its_wandb_id(tmp_path: Path) -> None:
-    tracked = ("--set", 'tracking.trackers=["wandb"]')
+    tracked = ("--set", 'tracking.trackers=["wandb"]', "--set", "tracking.upload=[]")
     stopped(tmp_path, 1, STATEFUL, "step", 9, by_signal(signal.SIGTERM), *EMA, *tracked)
     finished(tmp_path, 1)
     run = only_run(tmp_path)
