@@ -226,6 +226,33 @@ def lambda_named(name: str) -> Callable[[], Any]:
     return factory
 
 
+def test_data_sets_transforms_and_metrics_can_be_given(write_module: WriteModule, tmp_path: Path) -> None:
+    class Squares:
+        """Dark and bright images."""
+
+        classes = ("dark", "bright")
+
+        def __init__(self, count: int = 40) -> None:
+            self.targets = [i % 2 for i in range(count)]
+
+        def __len__(self) -> int:
+            return len(self.targets)
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+            return torch.full((3, 8, 8), 50 + 150 * (i % 2) + i // 2, dtype=torch.uint8), i % 2
+
+    def hit_rate() -> Callable[..., float]:
+        return lambda labels, probabilities: float((probabilities.argmax(1) == labels).mean())
+
+    settings = ('train.class_weights="none"', "data.images_per_class=15", "augment.mixup=0.0", "train.epochs=1")
+    flip = torchvision.transforms.v2.RandomVerticalFlip()
+    run = fit(small(tmp_path, *settings), dataset=Squares, transforms=[flip], metrics=[hit_rate], quiet=True)
+    assert run.summary["best"]["test_hit_rate"] == run.summary["best"]["test_accuracy"]
+    assert (run.recipe.data.dataset, run.recipe.data.name) == ("plugin", "Squares")
+    assert [entry.name for entry in run.recipe.augment.train] == ["plugin:RandomVerticalFlip"]
+    assert [found["kind"] for found in run.environment["plugins"]] == ["dataset", "transform", "metric"]
+
+
 # -- what factories return --------------------------------------------------------------------------------------------
 
 

@@ -139,9 +139,9 @@ def datasets(pattern: Pattern = None, as_json: AsJson = False) -> None:
 
 @command
 def plugins(pattern: Pattern = None, as_json: AsJson = False) -> None:
-    """List the plugins that are loaded: those of --plugin, and those of installed packages.
+    """List the plugins that are loaded.
 
-    Shows kind, name, the arguments that a recipe can give, and where each is defined.
+    These are the ones of --plugin and of installed packages. Shows kind, name, module, and the arguments for a recipe.
 
     Example: toolkit plugins --plugin my_net
     """

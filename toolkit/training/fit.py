@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,10 @@ def fit(
     recipe: Recipe | str | os.PathLike[str],
     *,
     model: Object | None = None,
+    dataset: Object | None = None,
+    transforms: Sequence[Object] = (),
     loss: Object | None = None,
+    metrics: Sequence[Object] = (),
     optimizer: Object | None = None,
     schedule: Object | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -63,10 +66,11 @@ def fit(
 ) -> Run:
     """Train a recipe or its file on the processes that a launcher started (or on this one alone) and return the run.
 
-    ``model``, ``loss``, ``optimizer``, ``schedule``: factories of your own, in place of what the recipe names
-    (docs/plugins.md says what they are called with and must return). Each process calls them itself. Each is registered
-    under its ``__name__``, and the recipe that is trained and recorded names it; arguments in the recipe are kept if it
-    already names it. An nn.Module is copied by each call of fit; the recipe's seed does not determine its weights.
+    ``model``, ``dataset``, ``loss``, ``optimizer``, ``schedule``: factories of your own, in place of what the recipe
+    names (docs/plugins.md says what they are called with and must return). ``transforms`` (of training images) and
+    ``metrics`` are added to those in the recipe. Each process calls the factories itself. Each is registered under its
+    ``__name__``, and the recipe that is trained and recorded names it; arguments in the recipe are kept if it already
+    names it. An nn.Module is copied by each call of fit; the recipe's seed does not determine its weights.
     ``resume``: a run directory, or ``"auto"`` for the recipe's most recent unfinished run (a new run if there is none;
     a requeued SLURM job that had already finished its run returns that run without training).
     ``until``: pause after this epoch; a later ``fit(resume=run)`` continues as if there had been no pause. None trains
@@ -81,8 +85,11 @@ def fit(
     request, with a checkpoint written).
     """
     called = time.monotonic()
-    given = {"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule}
-    has_objects = any(one is not None for one in given.values())
+    given = {
+        "model": model, "dataset": dataset, "transform": transforms, "loss": loss, "metric": metrics,
+        "optimizer": optimizer, "schedule": schedule,
+    }  # fmt: skip
+    has_objects = any(one not in (None, ()) for one in given.values())
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, with_plugins=not has_objects)
     if has_objects:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,17 +21,25 @@ Object = Callable[..., Any] | nn.Module
 """A factory, or a module, which each call of fit copies."""
 
 
-def recipe_with(recipe: Recipe, given: dict[str, Object | None]) -> Recipe:
+_KEYS = {
+    "loss": ("train", "loss", "loss_args"),
+    "optimizer": ("optimizer", "name", "args"),
+    "schedule": ("scheduler", "name", "args"),
+}
+"""Table of the recipe, and its keys for name and arguments."""
+
+
+def recipe_with(recipe: Recipe, given: dict[str, Object | Sequence[Object] | None]) -> Recipe:
     """Register objects by kind (see :data:`toolkit.plugins.PROVIDED`) and return the recipe with their names.
 
     Arguments in the recipe are kept if it already names the object, and removed otherwise. Raises RecipeError if the
     result is not a valid recipe.
     """
     content = resolved_content(recipe)
-    for kind, factory in given.items():
-        if factory is not None:
-            plugin = _registered(kind, factory)
-            _name(content, kind, plugin)
+    for kind, objects in given.items():
+        if objects is not None:
+            for one in objects if isinstance(objects, Sequence) else [objects]:
+                _name(content, kind, _registered(kind, one))
     named = Recipe.model_validate(content)
     issues = [issue for issue in (*check(named), *check_plugins(named)) if issue.severity == "error"]
     if issues:
@@ -57,19 +65,21 @@ def _registered(kind: str, given: Object) -> Plugin:
 
 def _name(content: dict[str, Any], kind: str, plugin: Plugin) -> None:
     """Change a recipe's content so that it names the plugin."""
-    if kind == "model":
-        table = content["model"]
-        if (table["source"], table["name"]) != ("plugin", plugin.name):
-            table |= {"source": "plugin", "name": plugin.name, "args": {}}
+    full_name = PREFIX + plugin.name
+    if kind in ("model", "dataset"):
+        table, key = (content["model"], "source") if kind == "model" else (content["data"], "dataset")
+        if (table[key], table.get("name")) != ("plugin", plugin.name):
+            table |= {key: "plugin", "name": plugin.name, "args": {}}
             table.pop("convnet", None)
-        return
-    key, name, arguments = {
-        "loss": ("train", "loss", "loss_args"),
-        "optimizer": ("optimizer", "name", "args"),
-        "schedule": ("scheduler", "name", "args"),
-    }[kind]
-    table = content[key]
-    if table[name] != PREFIX + plugin.name:
-        table |= {name: PREFIX + plugin.name, arguments: {}}
-        if kind == "optimizer" and not plugin.takes("momentum"):
-            table.pop("momentum", None)  # of another optimizer
+    elif kind == "metric":
+        content["train"]["metrics"] = list(dict.fromkeys([*content["train"]["metrics"], full_name]))
+    elif kind == "transform":
+        if full_name not in [entry["name"] for entry in content["augment"]["train"]]:
+            content["augment"]["train"].append({"name": full_name})
+    else:
+        at, name, arguments = _KEYS[kind]
+        table = content[at]
+        if table[name] != full_name:
+            table |= {name: full_name, arguments: {}}
+            if kind == "optimizer" and not plugin.takes("momentum"):
+                table.pop("momentum", None)  # of another optimizer
