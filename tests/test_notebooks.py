@@ -150,6 +150,7 @@ def test_runs_and_studies_are_not_confused(tmp_path: Path) -> None:
         open_study(run.path)
 
 
+@pytest.mark.long
 def test_opening_and_showing_runs_and_studies_imports_no_torch(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     write_study(tmp_path / "b", STUDY, study_runs())
