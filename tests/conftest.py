@@ -19,9 +19,12 @@ import pytest
 import torch
 from slurm_cluster import cluster, work_dir
 
+from toolkit.startup import COLLECT_AFTER
+
 __all__ = ["cluster", "work_dir"]
 
 torch.set_num_threads(1)
+gc.set_threshold(COLLECT_AFTER)  # as the program does; tests and test modules take less CPU time
 
 
 def _without_waiting_for_the_disk(descriptor: int) -> None:

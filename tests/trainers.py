@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import sklearn.datasets
-import sklearn.model_selection
 import torch
 from distributed import free_port
 
@@ -27,9 +25,6 @@ from toolkit.cli.main import app
 from toolkit.models.build import build_model
 from toolkit.recipe import loads_recipe
 from toolkit.runs import Run, open_run
-
-# Modules are imported and the digits read before processes are forked, so that this happens only once.
-sklearn.datasets.load_digits()
 
 RECIPE = """
 [recipe]

@@ -6,6 +6,8 @@ random.
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 import os
 import pkgutil
 import unicodedata
@@ -120,12 +122,15 @@ def _check_distinct(classes: Sequence[str], where: str) -> None:
 
 def open_digits(table: DataConfig) -> Dataset:
     """Open scikit-learn's 1,797 handwritten digits of 8x8 pixels (UCI); values 0..16 are scaled to 0..255."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    sklearn = importlib.util.find_spec("sklearn")
+    assert sklearn is not None, "scikit-learn is a dependency"
+    assert sklearn.origin is not None
+    # Importing scikit-learn to read its file would take longer than training on it for an epoch.
+    with gzip.open(Path(sklearn.origin).parent / "datasets" / "data" / "digits.csv.gz") as file:
+        rows = np.loadtxt(file, dtype=np.int64, delimiter=",")
+    pixels = np.rint(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     images = InMemoryImages(pixels, "digits", table.channels or 1)
-    labels = digits.target.astype(np.int64)
+    labels = rows[:, -1]
     return Dataset("digits", [str(d) for d in range(10)], images, labels, {"train": np.arange(len(labels))}, 8, 1)
 
 
