@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distributed import launch
 from finished import CONVNET
 from PIL import Image, ImageDraw, ImageOps
 from sklearn.datasets import load_digits
@@ -391,3 +392,66 @@ def test_a_metric_may_not_have_the_name_of_a_built_in_one(
     settings = ['data.name="digits"', "data.image_size=8", 'train.metrics=["plugin:macro_f1"]']
     with pytest.raises(UserError, match="'macro_f1' is the name of a built-in metric"):
         fit(recipe_with(tmp_path, *settings), quiet=True)
+
+
+def on_digits(root: Any, *settings: str) -> Recipe:
+    """Return a recipe for another data set than the one that fit is given."""
+    text = RECIPE.format(root=root).replace('dataset = "plugin"\nname = "shapes"', 'dataset = "digits"')
+    return loads_recipe(text, list(settings))
+
+
+def flip() -> Flip:
+    return Flip(0.5)
+
+
+def hit_rate() -> Callable[..., float]:
+    return accuracy()
+
+
+@pytest.mark.usefixtures("register")
+def test_fit_takes_a_data_set_transforms_and_metrics_and_records_their_names(tmp_path: Path) -> None:
+    """The recipe that is trained names them, so that giving them again resumes the run."""
+    recipe = on_digits(tmp_path, "train.epochs=2")
+    given = {"dataset": Shapes(), "transforms": [flip], "metrics": [hit_rate]}
+    paused = fit(recipe, **given, until=1, quiet=True)  # type: ignore[arg-type]
+    run = fit(recipe, **given, resume=paused.path, quiet=True)  # type: ignore[arg-type]
+    recorded = run.recipe
+    assert (recorded.data.dataset, recorded.data.name) == ("plugin", "Shapes")
+    assert [entry.name for entry in recorded.augment.train] == ["plugin:flip"]
+    assert recorded.train.metrics == ["plugin:hit_rate"]
+    named = {(one["kind"], one["name"], one["file"]) for one in run.environment["plugins"]}
+    file = Path(__file__).name
+    assert named == {("dataset", "Shapes", file), ("transform", "flip", file), ("metric", "hit_rate", file)}
+    assert run.summary["best"]["test_hit_rate"] == run.summary["best"]["test_accuracy"]
+
+
+@pytest.mark.usefixtures("register")
+def test_a_callback_gets_each_epoch_and_may_end_the_training(tmp_path: Path) -> None:
+    """Also if the last epoch's model is to be kept."""
+    seen: list[tuple[Path, int]] = []
+
+    def stop_at_2(run: Run, record: dict[str, Any]) -> bool:
+        seen.append((run.path, record["epoch"]))
+        return record["epoch"] == 2
+
+    recipe = on_digits(tmp_path, "train.epochs=5", 'train.best_metric="last"')
+    run = fit(recipe, dataset=Shapes(), callbacks=[stop_at_2], quiet=True)
+    assert seen == [(run.path, 1), (run.path, 2)]
+    assert run.summary["stopped_early"]
+    assert run.summary["epochs_run"] == run.summary["best"]["epoch"] == 2
+    assert "stopped by a callback" in log_of(run)
+
+
+def stop_at_once(run: Run, record: dict[str, Any]) -> bool:
+    return True
+
+
+def fit_on_this_process(root: Path) -> int:
+    recipe = on_digits(root, "train.epochs=3")
+    return int(fit(recipe, dataset=Shapes(), callbacks=[stop_at_once], quiet=True).summary["epochs_run"])
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("register")
+def test_a_callback_of_the_main_process_ends_the_training_of_all(tmp_path: Path) -> None:
+    assert launch(2, fit_on_this_process, tmp_path) == [1, 1]

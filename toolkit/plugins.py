@@ -12,7 +12,6 @@ Importing this module does not import torch.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import importlib
@@ -68,6 +67,8 @@ class Plugin:
     factory: Callable[..., Any]
     distribution: str | None = None
     """Installed package whose entry point it is; None for a module of --plugin and for objects given by the caller."""
+    code: Any = None
+    """Object whose file is that of the plugin; None: the factory."""
     loaded_with: str | None = None
     """What --plugin loaded it: the name of a module or file; None if the program registered it."""
 
@@ -110,10 +111,10 @@ class Plugin:
 
     @cached_property
     def _module(self) -> ModuleType | None:
-        factory: Any = self.factory
-        if isinstance(factory, functools.partial):
-            factory = factory.args[0] if factory.func is copy.deepcopy else factory.func  # a copied module
-        return inspect.getmodule(factory) or inspect.getmodule(type(factory))
+        code = self.factory if self.code is None else self.code
+        if isinstance(code, functools.partial):
+            code = code.func
+        return inspect.getmodule(code) or inspect.getmodule(type(code))
 
     @property
     def file(self) -> str | None:

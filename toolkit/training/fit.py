@@ -41,7 +41,7 @@ from toolkit.training.finalize import finish, write_summary
 from toolkit.training.given_plugins import Object, recipe_with
 from toolkit.training.resume import Resumption, accept_changes, find_resumption
 from toolkit.training.trained_model import model_card
-from toolkit.training.trainer import Trainer
+from toolkit.training.trainer import EpochCallback, Trainer
 from toolkit.writing import write_atomically
 
 
@@ -49,12 +49,13 @@ def fit(
     recipe: Recipe | str | os.PathLike[str],
     *,
     model: Object | None = None,
-    dataset: Object | None = None,
+    dataset: Any = None,
     transforms: Sequence[Object] = (),
     loss: Object | None = None,
     metrics: Sequence[Object] = (),
     optimizer: Object | None = None,
     schedule: Object | None = None,
+    callbacks: Sequence[EpochCallback] = (),
     resume: str | os.PathLike[str] | None = None,
     until: int | None = None,
     allow_changes: bool = False,
@@ -70,7 +71,9 @@ def fit(
     names (docs/plugins.md says what they are called with and must return). ``transforms`` (of training images) and
     ``metrics`` are added to those in the recipe. Each process calls the factories itself. Each is registered under its
     ``__name__``, and the recipe that is trained and recorded names it; arguments in the recipe are kept if it already
-    names it. An nn.Module is copied by each call of fit; the recipe's seed does not determine its weights.
+    names it. An nn.Module is copied by each call of fit; the recipe's seed does not determine its weights. A data set,
+    or a dictionary with one for each split, may be given in place of its factory. ``callbacks``: called on the main
+    process after each epoch with the run and the epoch's line of metrics.jsonl; training ends if one returns True.
     ``resume``: a run directory, or ``"auto"`` for the recipe's most recent unfinished run (a new run if there is none;
     a requeued SLURM job that had already finished its run returns that run without training).
     ``until``: pause after this epoch; a later ``fit(resume=run)`` continues as if there had been no pause. None trains
@@ -123,7 +126,7 @@ def fit(
                 out_of_memory_explained(recipe.train, accelerator.num_processes),
                 _tracked(recipe, accelerator, run, display) as tracking,
             ):
-                training = _training(setup, run, tracking, stop, resumption)
+                training = _training(setup, run, tracking, stop, resumption, callbacks)
                 stack.callback(training.loaders.close)
                 training.startup_seconds = _log_startup(display, called, called if began is None else began)
                 summary = finish(training) if training.run_epochs(until) else None
@@ -185,11 +188,17 @@ def dry_run(recipe: Recipe, *, load_weights: bool = True, show_module: bool = Fa
 
 
 def _training(
-    setup: TrainingContext, run: Run, tracking: Tracking, stop: GracefulStop, resumption: Resumption | None
+    setup: TrainingContext,
+    run: Run,
+    tracking: Tracking,
+    stop: GracefulStop,
+    resumption: Resumption | None,
+    callbacks: Sequence[EpochCallback],
 ) -> Trainer:
     """Build the trainer. Raises Interrupted if a stop is requested while features of frozen layers are precomputed."""
     try:
-        training = Trainer(setup, run, tracking, stop, None if resumption is None else resumption.checkpoint)
+        checkpoint = None if resumption is None else resumption.checkpoint
+        training = Trainer(setup, run, tracking, stop, checkpoint, callbacks=callbacks)
         if resumption is not None and resumption.changed:
             accept_changes(training)
         return training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -29,16 +29,16 @@ _KEYS = {
 """Table of the recipe, and its keys for name and arguments."""
 
 
-def recipe_with(recipe: Recipe, given: dict[str, Object | Sequence[Object] | None]) -> Recipe:
+def recipe_with(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     """Register objects by kind (see :data:`toolkit.plugins.PROVIDED`) and return the recipe with their names.
 
     Arguments in the recipe are kept if it already names the object, and removed otherwise. Raises RecipeError if the
-    result is not a valid recipe.
+    result is not a valid recipe. Transforms and metrics are sequences of objects.
     """
     content = resolved_content(recipe)
     for kind, objects in given.items():
         if objects is not None:
-            for one in objects if isinstance(objects, Sequence) else [objects]:
+            for one in objects if kind in ("transform", "metric") else [objects]:
                 _name(content, kind, _registered(kind, one))
     named = Recipe.model_validate(content)
     issues = [issue for issue in (*check(named), *check_plugins(named)) if issue.severity == "error"]
@@ -52,13 +52,15 @@ def as_factory(given: Object) -> Callable[..., Any]:
     return functools.partial(copy.deepcopy, given) if isinstance(given, nn.Module) else given
 
 
-def _registered(kind: str, given: Object) -> Plugin:
-    """Register a factory under its own name."""
+def _registered(kind: str, given: Any) -> Plugin:
+    """Register a factory under its own name; a data set or a dictionary of them, under that of its class."""
     named = given.func if isinstance(given, functools.partial) else given
     name = getattr(named, "__name__", type(named).__name__)
     if not name.isidentifier():
         raise UserError(f"fit({kind}={name}): give a function or class with a name, or register it under one")
-    plugin = Plugin(kind, name, as_factory(given))
+    is_value = kind == "dataset" and not callable(given)
+    code = next(iter(given.values()), None) if is_value and isinstance(given, dict) else given
+    plugin = Plugin(kind, name, (lambda: given) if is_value else as_factory(given), code=code)
     add(plugin, replace=True)
     return plugin
 
