@@ -96,6 +96,7 @@ def test_folders_of_splits_are_used(tmp_path: Path) -> None:
     assert recipe.data.split.method == "official"
     assert "20 validation and 20 test images" in reasons(found)["split"]
     assert "2 class folders below each of the folders for train, validation, test" in found.text
+    assert "120 images (80 train, 20 validation, 20 test)" in found.text
 
 
 def test_a_table_with_groups_beside_a_folder_of_images(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from toolkit.data.splits import SPLITS
 from toolkit.errors import UserError
 from toolkit.formatting import batch_split, plural
 from toolkit.new_recipe.data_rules import SPLIT
@@ -91,7 +92,7 @@ def _seen(facts: DataFacts) -> str:
     """Describe the data in one line."""
     sizes = sorted(facts.sizes)
     low, high = ("x".join(map(str, size)) for size in (sizes[0], sizes[-1]))
-    lists = ", ".join(f"{count:,} {name}" for name, count in facts.images.items())
+    lists = ", ".join(f"{facts.images[name]:,} {name}" for name in SPLITS if name in facts.images)
     of = f", headers of {facts.sampled:,} read" if 0 < facts.sampled < facts.total else ""
     shown = low if low == high else f"{low} to {high}"
     return f"{plural(facts.classes, 'class', 'classes')}, {facts.total:,} images ({lists}), {shown} pixels{of}"
