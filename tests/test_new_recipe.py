@@ -452,7 +452,7 @@ def text_file(root: Path) -> Path:
     [
         (empty_folder, r"has no class folders: it is empty. Sort the images into .*/<class>/"),
         (images_without_classes, r"has no class folders: it holds 3 images without labels"),
-        (one_class, r"holds only one class, only/ \(3 images\)"),
+        (one_class, r"has only the class 'only' \(3 images\); a classifier needs two or more classes"),
         (one_image_of_each_class, r"has one image of each of its 3 classes: at least two are needed"),
         (unreadable, r"10 of 10 inspected images cannot be read \(a/00000.jpg: .*; \.\.\.\): repair or remove them"),
         (table_without_images, r"has no column of image paths"),
