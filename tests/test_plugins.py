@@ -164,6 +164,13 @@ def test_a_factory_that_takes_any_argument_is_not_checked(write_module: WriteMod
     assert loads_recipe(RECIPE.replace("width = 12", "whatever = 1")).model.args == {"whatever": 1}
 
 
+def test_arguments_may_be_tables_and_size_is_an_argument_like_others(write_module: WriteModule) -> None:
+    write_module(MODULE.replace('activation: str = "relu"', "options: int | dict[str, int] = 3, *, size: int"))
+    plugins.use_modules(["own"])
+    assert loads_recipe(RECIPE.replace("width = 12", "options = { a = 1 }, size = 2")).model.args["options"] == {"a": 1}
+    assert "tiny_net needs size" in diagnostics(RECIPE)
+
+
 def test_faulty_modules_are_one_message(write_module: WriteModule, tmp_path: Path) -> None:
     write_module("1 / 0")
     for modules, message in (

@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import typing
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,7 +84,7 @@ class Plugin:
     def arguments(self) -> dict[str, dict[str, Any]]:
         """The arguments that a recipe can set, described as in :mod:`toolkit.recipe.catalog`."""
         named = (p for p in self._parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-        return {p.name: describe_argument(p) for p in named if p.name not in PROVIDED[self.kind]}
+        return {p.name: _description(p) for p in named if p.name not in PROVIDED[self.kind]}
 
     @property
     def takes_any(self) -> bool:
@@ -134,6 +135,14 @@ class Plugin:
             "loaded_with": self.loaded_with,
             "sha256": self.file and hashlib.sha256(Path(self.file).read_bytes()).hexdigest(),
         }
+
+
+def _description(parameter: inspect.Parameter) -> dict[str, Any]:
+    """Describe an argument of a plugin, which may also be a table, and has no default but its own."""
+    members = typing.get_args(parameter.annotation) or (parameter.annotation,)
+    takes_table = any((typing.get_origin(member) or member) is dict for member in members)
+    described = describe_argument(parameter) | {"required": parameter.default is parameter.empty}
+    return described | ({"kinds": []} if takes_table else {})
 
 
 _registered: dict[tuple[str, str], Plugin] = {}

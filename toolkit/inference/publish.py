@@ -18,6 +18,7 @@ from toolkit.inference.export import FORMATS, images_to_compare, new_folder, por
 from toolkit.inference.timm_config import fits_timm
 from toolkit.metrics import MEASURES, measures_of
 from toolkit.models.pretrained import is_file_reference
+from toolkit.plugins import find
 from toolkit.reading import UnreadableFile
 from toolkit.recipe import Recipe, resolved_toml
 from toolkit.runs import Run, open_run
@@ -147,11 +148,16 @@ def model_card(
     )
     environment.filters["markdown"] = lambda text: MARKDOWN.sub(r"\\\g<0>", text)
     title, model = repo.rpartition("/")[2], recipe.model
-    is_convnet = model.source == "toolkit"
+    architectures = {
+        "toolkit": "A ConvNet that `recipe.toml` describes",
+        "plugin": f"`{model.name}`, a model whose code is not part of the toolkit",
+    }
+    record = find("model", model.name).record if model.source == "plugin" else {}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         front_matter=_front_matter(trained, recipe, summary, title, license_id) if hub else "",
         title=title,
-        architecture="A ConvNet that `recipe.toml` describes" if is_convnet else f"`{model.name}` of {model.source}",
+        architecture=architectures.get(model.source, f"`{model.name}` of {model.source}"),
+        plugin=record.get("loaded_with") or record.get("file"),
         info=info_of(recipe.data.dataset, recipe.data.name),
         run=run,
         repo=repo,

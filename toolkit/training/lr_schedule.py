@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from toolkit.errors import UserError, first_line
 from toolkit.metrics import higher_is_better
 from toolkit.plugins import PREFIX, Plugin, find
@@ -80,7 +82,7 @@ def check_schedule(table: SchedulerConfig, epochs: int) -> None:
     """Raise UserError unless a plugin's schedule is a function with finite factors, at least 0, that has no state."""
     if not table.name.startswith(PREFIX):
         return
-    points = [quarter / 4 for quarter in range(4 * epochs)]
+    points = np.linspace(0, epochs, min(4 * epochs, 1000), endpoint=False).tolist()
     try:
         factors = [_base(table, epoch, epochs) for epoch in points]
         again = [_base(table, epoch, epochs) for epoch in reversed(points)][::-1]
