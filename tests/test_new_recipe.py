@@ -387,6 +387,7 @@ def test_the_command_writes_a_recipe_once(photographs: Path, tmp_path: Path, mon
     assert all(choice["why"] and choice["source"] for choice in shown["choices"])
 
 
+@pytest.mark.long
 def test_torch_is_not_imported_without_a_gpu(photographs: Path, tmp_path: Path) -> None:
     import subprocess
 

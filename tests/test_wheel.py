@@ -77,6 +77,8 @@ assert Path(toolkit.__file__).parent.parent == Path(sys.argv[1])
 assert run("recipes", "copy", "quickstart") == "recipes/quickstart.toml\\n"
 short = ["--set", "train.epochs=1", "--set", "data.images_per_class=20", "--set", "train.batch_size=32"]
 run("validate", "recipes/quickstart.toml")
+assert run("new", "digits").endswith("next: toolkit train digits.toml\\n")
+run("train", "digits.toml", *short, "--no-report")
 path = run("train", "recipes/quickstart.toml", *short).splitlines()[-1]
 assert (Path(path) / "report.html").is_file()
 run("report", path)
