@@ -391,12 +391,25 @@ def test_bad_rows_are_left_out_and_duplicates_found_in_a_table(images: Path, tmp
     assert found.duplicates.contradicting == [["images.parquet/13", "images.parquet/61"]]
 
 
+@pytest.mark.parametrize(
+    ("source", "at_once", "limit", "kept"),
+    [
+        ("url", 2, 4.5 * 30_720, ("*.tar", 4)),  # of 11 shards of this size
+        ("parquet_shards", 1, 15_700, ("*.images", 3)),  # of 4 shards with 15,855 bytes of images
+    ],
+)
 def test_a_killed_run_whose_order_needs_few_shards_continues_with_a_cache_for_a_few(
-    images: Path, expected: dict[int, dict[str, Any]], tmp_path: Path
+    source: str,
+    at_once: int,
+    limit: float,
+    kept: tuple[str, int],
+    images: Path,
+    expected: dict[int, dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     def few_shards(images: Path, folder: Path) -> str:
-        limit = 4.5 * 30_720 / 2**30  # of 11 shards of this size
-        return f'{from_url(images, folder)}\nshuffle_shards = 2\ncache_limit = {limit}\ncache = "off"'
+        keys = f'shuffle_shards = {at_once}\ncache_limit = {limit / 2**30}\ncache = "off"'
+        return f"{SOURCES[source](images, folder)}\n{keys}"
 
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
@@ -405,5 +418,5 @@ def test_a_killed_run_whose_order_needs_few_shards_continues_with_a_cache_for_a_
     recipe = write_recipe(few_shards, images, tmp_path / "killed")
     killed = train(2, tmp_path / "killed", recipe, status=-9, prepare=partial(kill_at_step, 6))
     same(train(2, tmp_path / "killed", recipe, "--resume", str(killed.path)), whole)
-    caches = [list(entry.glob("*.tar")) for entry in cache_root().iterdir() if entry.name.startswith("shards-")]
-    assert [len(shards) for shards in caches if shards] == [4, 4]
+    caches = [list(entry.glob(kept[0])) for entry in cache_root().iterdir() if entry.name.startswith("shards-")]
+    assert [len(shards) for shards in caches if shards] == [kept[1]] * 2
