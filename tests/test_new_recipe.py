@@ -10,7 +10,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -25,10 +25,10 @@ from toolkit.new_recipe.data_rules import SPLIT
 from toolkit.new_recipe.facts import DataFacts
 from toolkit.new_recipe.machine import Machine, this_machine
 from toolkit.new_recipe.rules import APPROACH, MODELS, TOPICS, choose, first
-from toolkit.new_recipe.situation import Goal, Situation
+from toolkit.new_recipe.situation import Choice, Goal, Situation
 from toolkit.new_recipe.source import DataSource
-from toolkit.new_recipe.write import NewRecipe, gpu_memory, new_recipe
-from toolkit.recipe import Recipe, load
+from toolkit.new_recipe.write import NewRecipe, gpu_memory, new_recipe, recipe_text
+from toolkit.recipe import Recipe, load, loads_recipe
 from toolkit.recipe.catalog import weights_names
 
 CPU = Machine(cpus=2, has_hub=True)
@@ -305,10 +305,8 @@ def test_processes_divide_the_batch(photographs: Path) -> None:
     assert found.next_command("a b.toml") == "torchrun --standalone --nproc-per-node 3 -m toolkit.train 'a b.toml'"
 
 
-@pytest.mark.parametrize("approach", ["probe", "finetune"])
-@pytest.mark.parametrize("goal", ["accuracy", "fast", "small"])
-def test_the_architectures_have_these_weights(approach: Any, goal: Goal) -> None:
-    name, weights = MODELS[approach, goal]
+@pytest.mark.parametrize(("name", "weights"), MODELS.values())
+def test_the_architectures_have_these_weights(name: str, weights: str) -> None:
     assert weights in weights_names("timm", name)
 
 
@@ -360,6 +358,16 @@ def test_epochs_by_number_of_images(count: int, epochs: int) -> None:
     assert length.keys["train.epochs"] == epochs
     steps = 7 * count / length.keys["train.batch_size"]
     assert steps >= 17.5, "at least 20, rounded to powers of two"
+
+
+@pytest.mark.parametrize("count", [5, 500, 5000])
+@pytest.mark.parametrize("side", [12, 32, 300])
+@pytest.mark.parametrize("machine", [CPU, OFFLINE, GPU])
+def test_each_situation_gives_a_recipe_without_errors(count: int, side: int, machine: Machine) -> None:
+    for goal in get_args(Goal):
+        given = situation(count, side, machine, goal)
+        read = Choice("data", {"data.dataset": "imagefolder"}, "", "")
+        assert loads_recipe(recipe_text("some", [], [read, *choose(given)]))
 
 
 def test_every_rule_has_a_reason_and_a_source() -> None:
