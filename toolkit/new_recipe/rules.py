@@ -35,9 +35,9 @@ MODELS: dict[tuple[Approach, Goal], tuple[str, str]] = {
     ("probe", "fast"): ("resnet18", "tv_in1k"),
     ("probe", "small"): ("tf_efficientnet_lite0", "in1k"),
 }
-"""timm's architecture and weights by approach and goal; with the goal fast nothing is fine-tuned. Weights for probes were
-trained without label smoothing and mixup, which make features less transferable (Kornblith et al. 2019; Kornblith et
-al. 2021, arXiv:2010.16402)."""
+"""timm's architecture and weights by approach and goal; the goal fast never fine-tunes. The ResNets for probes
+were trained without label smoothing and mixup, which make features less transferable (Kornblith et al. 2019; Kornblith
+et al. 2021, arXiv:2010.16402)."""
 
 OURS = "measured: docs/results.md"
 
