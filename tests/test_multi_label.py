@@ -298,6 +298,8 @@ def test_evaluate_data_on_a_copy_of_the_test_images_gives_the_test_metrics(run: 
     assert {f"test_{name}": value for name, value in metrics.items()} == {
         name: value for name, value in run.summary["best"].items() if name.startswith("test_")
     }
+    written = (run.path / "evaluations" / "labels-test" / "predictions.csv").read_bytes()
+    assert written == (run.path / "predictions.csv").read_bytes(), "with the column site"
     shutil.rmtree(run.path / "evaluations")
 
 

@@ -18,7 +18,7 @@ from toolkit.data.image_sources import check_images
 from toolkit.data.preprocessing import as_trained
 from toolkit.data.sampling import IntArray
 from toolkit.data.splits import split_dataset
-from toolkit.data.table_files import FORMATS
+from toolkit.data.table_files import FORMATS, open_table_file
 from toolkit.distributed.cpu_count import available_cpus
 from toolkit.distributed.process import autocast_dtype, local_processes, main_first, main_only
 from toolkit.errors import UserError
@@ -165,7 +165,9 @@ def data_config(data: str, recipe: Recipe, split: str | None) -> DataConfig:
         return DataConfig(dataset="imagefolder", root=data, class_folders=recipe.data.class_folders)
     if path.suffix.lower() in FORMATS:
         own = recipe.data.columns
-        columns = ColumnsConfig(image=own.image, label=own.label, split=(own.split or "split") if split else None)
+        keep = [name for name in own.keep if name in open_table_file(path).columns]
+        split_column = (own.split or "split") if split else None
+        columns = ColumnsConfig(image=own.image, label=own.label, split=split_column, keep=keep)
         return DataConfig(
             dataset="table",
             table=data,
