@@ -26,8 +26,9 @@ from trainers import EMA, STATEFUL, Trainers, at_call, kill_self, only_run, writ
 from wandb_server import KEY, WandbServer, logged_in_here, without_login
 
 import toolkit.trackers
+from toolkit.mlflow_tracker import MLflowRun
 from toolkit.runs import Run
-from toolkit.trackers import BACKLOG, FINISH_SECONDS, LEAVE_SECONDS, MLflowRun, TrackerThread, wandb_mode
+from toolkit.trackers import BACKLOG, FINISH_SECONDS, LEAVE_SECONDS, TrackerThread, wandb_mode
 from toolkit.training.train_step import TrainStep
 
 pytestmark = pytest.mark.long

@@ -6,10 +6,8 @@ thread, so that training does not wait for it. Any failure results in one warnin
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import importlib.util
-import logging
 import os
 import queue
 import re
@@ -24,9 +22,9 @@ from typing import Any
 from urllib.parse import urlparse
 
 from accelerate import Accelerator
-from accelerate.tracking import MLflowTracker
 
-from toolkit.errors import EXIT_OK, Interrupted, UserError, first_line
+from toolkit.errors import Interrupted, UserError, first_line
+from toolkit.mlflow_tracker import MLflowRun
 from toolkit.recipe.schema import Recipe
 from toolkit.runs import Run
 
@@ -39,8 +37,9 @@ FINISH_SECONDS = 7
 """Seconds to wait for uploads at the end: a stopped run must exit within 10 s. `toolkit sync` can upload the rest."""
 LEAVE_SECONDS = FINISH_SECONDS + 0.5
 """Maximum number of seconds for closing all trackers, in case one hangs in its client."""
-UPLOAD_SECONDS = 3600
-"""Maximum number of seconds to wait for the upload of a finished run's results, unless a stop is requested."""
+UPLOAD_SECONDS = 300
+"""Maximum number of seconds to wait for the upload of a finished run's results. The other processes wait in a barrier
+meanwhile, which NCCL ends after ten minutes. `toolkit sync` can upload the rest."""
 BACKLOG = 100_000
 """Maximum number of lines queued for a slow tracker; about 50 MB."""
 
@@ -260,61 +259,6 @@ def _close(tracker: Any, exit_code: int) -> None:
     except TimeoutError:
         run = Path(tracker.tracker.dir).parents[2]  # of RUN/wandb/run-TIME-ID/files
         raise TimeoutError(f"its server has not received everything; to upload the rest: toolkit sync {run}") from None
-
-
-class MLflowRun(MLflowTracker):  # type: ignore[misc]  # Accelerate's classes have no types
-    """Accelerate's MLflow tracker; a resumed run continues its MLflow run.
-
-    MLflow chooses the ids of its runs, so the run is found by its tag ``toolkit.run``. All methods must be called in
-    the same thread.
-    """
-
-    def __init__(self, recipe: Recipe, folder: Path, run_id: str) -> None:
-        table = recipe.tracking
-        notes = table.notes or recipe.recipe.description
-        super().__init__(table.project, run_name=table.run_name or run_id, description=notes)
-        own = {"toolkit.run": run_id, "group": table.group or recipe.recipe.name, "tags": ", ".join(table.tags)}
-        self.tags: dict[str, str] = (self.tags or {}) | {key: value for key, value in own.items() if value}
-        self.database, self.key = folder.absolute() / "mlflow.db", run_id
-        self.params: set[str] = set()
-        self.last_steps: dict[str, int] = {}
-        """Params of the MLflow run, and the last logged step of each metric."""
-
-    def start(self) -> None:
-        """Start a run at ``MLFLOW_TRACKING_URI`` (default: a database in the run directory), or continue it."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is reserved for results
-        import mlflow
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        uri = os.environ.get("MLFLOW_TRACKING_URI")
-        mlflow.set_tracking_uri(uri or f"sqlite:///{self.database}")
-        if not uri:
-            os.environ.pop("MLFLOW_TRACKING_URI", None)  # set by MLflow, but the next run has its own database
-        client = mlflow.MlflowClient()
-        with contextlib.suppress(mlflow.MlflowException):  # it exists; another run may create it at the same time
-            client.create_experiment(self.experiment_name)
-        experiment = client.get_experiment_by_name(self.experiment_name).experiment_id
-        for run in client.search_runs([experiment], f"tags.`toolkit.run` = '{self.key}'", max_results=1):
-            self.run_id, self.params = run.info.run_id, set(run.data.params)
-            for key in run.data.metrics:
-                self.last_steps[key] = max(one.step for one in client.get_metric_history(self.run_id, key))
-        super().start()
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Log params that the run does not have yet; MLflow does not allow changing logged params."""
-        super().store_init_configuration({key: value for key, value in values.items() if key not in self.params})
-
-    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Log the numbers in ``values``, except for steps that were already logged before the run was resumed."""
-        new = {key: value for key, value in values.items() if step is None or step > self.last_steps.get(key, -1)}
-        super().log({key: value for key, value in new.items() if isinstance(value, (int, float))}, step=step, **kwargs)
-
-    def end(self, exit_code: int) -> None:
-        """End the run as FINISHED, KILLED (interrupted) or FAILED."""
-        import mlflow
-
-        mlflow.end_run({EXIT_OK: "FINISHED", Interrupted.exit_status: "KILLED"}.get(exit_code, "FAILED"))
 
 
 def define_axes(run: Any) -> None:

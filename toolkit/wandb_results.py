@@ -324,11 +324,12 @@ def _log_data(target: Any, run: Run) -> Any:
     import wandb
 
     split, data = run.split, run.recipe.data
-    name = data.name or (Path(data.root).name if isinstance(data.root, str) and data.dataset == "imagefolder" else "")
+    place = {"imagefolder": data.root, "shards": data.root, "table": data.table}.get(data.dataset)
+    name = data.name or (Path(place).stem if isinstance(place, str) else "") or data.dataset
     counts = {key: len(split[key]) for key in ("train", "validation", "test")}
     metadata = {"dataset": data.dataset, "split_hash": split["hash"], "images": counts,
                 "classes": len(run.model_card["classes"])}  # fmt: skip
-    artifact = wandb.Artifact(_artifact_name(f"data-{name or data.dataset}"), "dataset", metadata=metadata)
+    artifact = wandb.Artifact(_artifact_name(f"data-{name}"), "dataset", metadata=metadata)
     path = (run.path / "split.json").absolute()
     if path.stat().st_size <= MAX_LIST_BYTES:
         artifact.add_file(str(path), policy="immutable", skip_cache=True)
