@@ -188,6 +188,18 @@ def test_processes_that_accelerate_did_not_start_are_reported(launched: Launched
     assert "accelerate launch --config_file launch/cpu.yaml --num_processes 2 -m toolkit.train RECIPE" in text
 
 
+def test_a_program_that_calls_fit_is_refused_too(launched: Launched, tmp_path: Path) -> None:
+    recipe = load(write_recipe(tmp_path, STATEFUL)).recipe
+    for options, message in (
+        (("--mixed_precision", "fp16"), "accelerate launch was given mixed_precision = fp16"),
+        (("--num_processes", "2"), "accelerate launch was asked for 2 processes but started only this process"),
+    ):
+        launched(*options)
+        with pytest.raises(UserError, match=message):
+            fit.fit(recipe)
+    assert not list((tmp_path / "runs").iterdir())
+
+
 def test_machines_that_would_each_train_alone_are_refused(launched: Launched) -> None:
     launched("--num_machines", "2", "--machine_rank", "0", "--main_process_ip", "node1")
     with pytest.raises(UserError) as refused:

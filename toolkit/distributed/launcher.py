@@ -138,11 +138,16 @@ def check_launch(train: TrainConfig) -> None:
     Raises UserError if an option of `accelerate launch` contradicts the recipe, or if several processes were requested
     but each would train alone.
     """
+    check_accelerate_launch(train)
+    _check_task_count()
+
+
+def check_accelerate_launch(train: TrainConfig) -> None:
+    """Raise UserError if options of `accelerate launch` contradict the recipe or the number of processes."""
     options = accelerate_options()
     if options is not None:
         _check_options(options, train)
         _check_accelerate_count(options)
-    _check_task_count()
 
 
 def _settings(train: TrainConfig, precision: str) -> list[tuple[str, str, object, str]]:

@@ -17,7 +17,7 @@ from torch import nn
 from toolkit.data.sampling import check_batch_size
 from toolkit.data.splits import SPLITS, split_hash
 from toolkit.distributed.failure_detection import close_failure_detector
-from toolkit.distributed.launcher import unused_precision_line, unused_tasks_line
+from toolkit.distributed.launcher import check_accelerate_launch, unused_precision_line, unused_tasks_line
 from toolkit.distributed.precision import precision_line
 from toolkit.distributed.process import (
     StopTraining,
@@ -97,6 +97,7 @@ def fit(
         recipe = load_recipe(recipe, with_plugins=not has_objects)
     if has_objects:
         recipe = recipe_with(recipe, given)
+    check_accelerate_launch(recipe.train)  # the command has done this, but not a program that calls fit
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(GracefulStop())
         accelerator, display = _join_processes(recipe, stop, quiet=quiet)
