@@ -30,7 +30,7 @@ from toolkit.distributed.process import (
 from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import Interrupted, RunFailed, UserError
 from toolkit.expectations import check_expectations
-from toolkit.recipe import Recipe, diff, load_recipe, resolved_toml
+from toolkit.recipe import Recipe, diff, resolved_toml
 from toolkit.runs import Run, create_run, open_run, runs_of
 from toolkit.trackers import Tracking, require_packages
 from toolkit.training.console import Console, summary_table
@@ -92,11 +92,7 @@ def fit(
         "model": model, "dataset": dataset, "transform": transforms, "loss": loss, "metric": metrics,
         "optimizer": optimizer, "schedule": schedule,
     }  # fmt: skip
-    has_objects = any(one not in (None, ()) for one in given.values())
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, with_plugins=not has_objects)
-    if has_objects:
-        recipe = recipe_with(recipe, given)
+    recipe = recipe_with(recipe, given)
     check_accelerate_launch(recipe.train)  # the command has done this, but not a program that calls fit
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(GracefulStop())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from toolkit.errors import UserError
 from toolkit.plugins import PREFIX, Plugin, add
-from toolkit.recipe import Recipe, RecipeError
+from toolkit.recipe import Recipe, RecipeError, load_recipe
 from toolkit.recipe.cross_checks import check
 from toolkit.recipe.diagnostics import Diagnostic
 from toolkit.recipe.plugin_checks import check_plugins
@@ -29,17 +30,22 @@ _KEYS = {
 """Table of the recipe, and its keys for name and arguments."""
 
 
-def recipe_with(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+def recipe_with(recipe: Recipe | str | os.PathLike[str], given: dict[str, Any]) -> Recipe:
     """Register objects by kind (see :data:`toolkit.plugins.PROVIDED`) and return the recipe with their names.
 
-    Arguments in the recipe are kept if it already names the object, and removed otherwise. Raises RecipeError if the
-    result is not a valid recipe. Transforms and metrics are sequences of objects.
+    Transforms and metrics are sequences of objects; None: none of a kind. Arguments in the recipe (or its file) are
+    kept if it already names the object, and removed otherwise. Raises RecipeError if the result is not a valid recipe.
     """
+    lists = {kind: one if kind in ("transform", "metric") else [one] for kind, one in given.items() if one is not None}
+    has_objects = any(len(objects) for objects in lists.values())
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, with_plugins=not has_objects)
+    if not has_objects:
+        return recipe
     content = resolved_content(recipe)
-    for kind, objects in given.items():
-        if objects is not None:
-            for one in objects if kind in ("transform", "metric") else [objects]:
-                _name(content, kind, _registered(kind, one))
+    for kind, objects in lists.items():
+        for one in objects:
+            _name(content, kind, _registered(kind, one))
     named = Recipe.model_validate(content)
     issues = [issue for issue in (*check(named), *check_plugins(named)) if issue.severity == "error"]
     if issues:
