@@ -38,6 +38,7 @@ def page_faults(*, kept: bool) -> int:
     return int(lines[-1])
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc: nothing is configured")
 def test_freed_memory_is_reused_without_page_faults() -> None:
     assert page_faults(kept=False) > 10 * 10_000

@@ -153,6 +153,8 @@ SLOW = (
 )
 """More than 20 million parameters, or slow to build: in the sample only if they are in RISKY."""
 SAMPLE = 18
+DEFAULT = 8
+"""Number of them that the default lane has."""
 """Number of sampled architectures; the slow tests cover all small ones."""
 
 
@@ -182,7 +184,10 @@ def table_of(source: str, name: str) -> ModelConfig:
     return ModelConfig.model_validate({"source": source, "name": name})
 
 
-@pytest.mark.parametrize(("source", "name", "size"), chosen())
+@pytest.mark.parametrize(
+    ("source", "name", "size"),
+    [pytest.param(*entry, marks=pytest.mark.extended if at >= DEFAULT else ()) for at, entry in enumerate(chosen())],
+)
 def test_sampled_architectures_can_be_trained_explained_and_exported(
     source: str, name: str, size: int, tmp_path: Path
 ) -> None:

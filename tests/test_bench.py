@@ -73,6 +73,7 @@ def test_each_repetition_continues_the_stream_of_batches() -> None:
     assert epochs == [0, 1]
 
 
+@pytest.mark.extended
 def test_comparing_with_the_plain_loop_needs_no_source_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,7 @@ def shipped() -> dict[str, Recipe]:
     return found
 
 
+@pytest.mark.extended
 def test_every_shipped_set_of_transforms_gives_the_same_pixels(photographs: Path, own_cache: Path) -> None:
     """This includes random augmentation, whose parameters do not depend on where an image is cached."""
     random = np.random.default_rng(1)

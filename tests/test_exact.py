@@ -149,7 +149,10 @@ def test_the_quickstart_gives_the_same_metrics_on_one_two_and_three_processes(
 
 @pytest.mark.parametrize(
     "worlds",
-    [{1: (3,), 2: (2,)}, pytest.param({1: (2, 3), 2: (2, 3)}, marks=pytest.mark.slow)],
+    [
+        pytest.param({1: (3,), 2: (2,)}, marks=pytest.mark.extended),
+        pytest.param({1: (2, 3), 2: (2, 3)}, marks=pytest.mark.slow),
+    ],
     ids=["one per accumulation", "all"],
 )
 @pytest.mark.parametrize("batch_norm", [True, False])

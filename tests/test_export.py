@@ -82,12 +82,17 @@ FORMATS_OF = {"convnet": ("onnx", "torch-export", "safetensors"), "resnet18": ("
               "timm": tuple(READERS), "vit": ("timm",)}  # fmt: skip
 
 
-SLOW = {("timm", "onnx"), ("timm", "torch-export")}
-"""Only in the slow tests: convnet and resnet18 cover these formats too, in gray and in color."""
+LANES = {
+    ("timm", "onnx"): pytest.mark.slow,
+    ("timm", "torch-export"): pytest.mark.slow,
+    ("resnet18", "onnx"): pytest.mark.extended,
+    ("resnet18", "torch-export"): pytest.mark.extended,
+}
+"""Markers of tests of formats that convnet covers too."""
 
 
 @pytest.mark.parametrize(("model", "name"), [
-    pytest.param(model, name, marks=pytest.mark.slow if (model, name) in SLOW else ())
+    pytest.param(model, name, marks=LANES.get((model, name), ()))
     for model, names in FORMATS_OF.items() for name in names
 ])  # fmt: skip
 def test_an_exported_model_computes_the_same_for_any_number_of_images(

@@ -147,7 +147,7 @@ def survive(
     return outcome(only_run(folder))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.extended)])
 def test_a_run_killed_ten_times_gives_the_same_bytes(tmp_path: Path, world: int) -> None:
     plain = uninterrupted(world, STATEFUL, *EMA, *epochs(6))
     assert survive(tmp_path / "killed", world, STATEFUL, 2 * len(KINDS), 6, world, *EMA) == plain

@@ -42,6 +42,7 @@ def growth(folder: Path, epochs: int, workers: int) -> float:
     return pages[-1] / pages[int(epochs * WARM_UP)]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("workers", [0, 2])
 def test_memory_does_not_grow(tmp_path: Path, workers: int) -> None:
     assert growth(tmp_path, 24, workers) < GROWTH

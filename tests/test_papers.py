@@ -187,7 +187,16 @@ def test_a_search_uses_the_reports_search_space(name: str) -> None:
     assert base.model.name == {"13": "vgg16", "14": "resnet50"}[name[11:13]]
 
 
-@pytest.mark.parametrize("name", [*RUNS, *sorted(SEARCHES)])
+IN_DEFAULT_LANE = {"mereu/table01", "mereu/table14_bohb_finetune"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in IN_DEFAULT_LANE else pytest.mark.extended)
+        for name in [*RUNS, *sorted(SEARCHES)]
+    ],
+)
 def test_every_study_passes_validation_and_planning(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run can be built, and each varied key changes the model, data or optimizer that is built."""
     monkeypatch.chdir(tmp_path)

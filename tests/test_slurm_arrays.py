@@ -112,7 +112,7 @@ def _images(folder: Path) -> None:
                 Image.new("L", (8, 8), shade).save(folder / split / name / f"{index}.png")
 
 
-@pytest.mark.cluster  # test_study_workers.py tests the same with local processes
+@pytest.mark.extended  # test_study_workers.py tests the same with local processes
 def test_a_search_continues_when_one_of_its_tasks_ends(work_dir: Path) -> None:
     path = study("search", SEARCH)
     text = submit(path, "--parallel", "2")

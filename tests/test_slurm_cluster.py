@@ -102,7 +102,7 @@ def among(early: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return early
 
 
-@pytest.mark.cluster
+@pytest.mark.extended
 def test_two_jobs_run_on_one_node_at_once(work_dir: Path) -> None:
     options = ("--processes-per-node", "2", "--cpus-per-task", "2", "--set", 'slurm.options=["--nodelist=node1"]')
     for seed, name in enumerate(("left", "right")):
@@ -244,7 +244,7 @@ ALL_REASONS = (comes_near_its_time_limit, is_preempted, loses_its_node)
 
 @pytest.mark.parametrize(
     ("reasons", "epochs"),
-    [((comes_near_its_time_limit,), 12), pytest.param(ALL_REASONS, 30, marks=pytest.mark.cluster)],
+    [((comes_near_its_time_limit,), 12), pytest.param(ALL_REASONS, 30, marks=pytest.mark.extended)],
     ids=["time limit", "time limit, preemption, dead node"],
 )
 def test_a_requeued_job_ends_bit_identical(
@@ -290,7 +290,7 @@ def test_a_cancelled_job_is_not_requeued(work_dir: Path) -> None:
     assert "has already ended" in outcome.stderr
 
 
-@pytest.mark.cluster
+@pytest.mark.extended
 def test_a_job_at_its_restart_limit_is_not_requeued(work_dir: Path) -> None:
     submit(write("limited", epochs=1000), "--max-restarts", "0", "--processes-per-node", "2", "--cpus-per-task", "2")
     run = submitted("limited")
@@ -341,7 +341,7 @@ def test_several_srun_tasks_are_refused(work_dir: Path) -> None:
     assert not Path("runs").exists()
 
 
-@pytest.mark.cluster
+@pytest.mark.extended
 def test_the_command_suggested_in_that_error_trains_one_run(work_dir: Path) -> None:
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
     command = ["srun", "--ntasks", "1", *torchrun, "-m", "toolkit.train", write("tasks", epochs=1)]

@@ -43,7 +43,7 @@ def test_without_accounting_a_job_missing_from_squeue_is_read_from_its_folder(cl
     assert (logged.state, logged.detail) == ("failed", "slurmstepd: error: Detected 1 oom-kill event")
 
 
-@pytest.mark.cluster  # test_slurm.py reads the answer of a stand-in for sacct
+@pytest.mark.extended  # test_slurm.py reads the answer of a stand-in for sacct
 def test_with_accounting_sacct_gives_the_state_of_a_past_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cluster runs in plain mode with accounting; after it ends no daemon is left."""
     require("slurmctld", PACKAGES)

@@ -109,6 +109,7 @@ def killing(folder: StudyDirectory, kills: int, draw: random.Random) -> Iterator
         thread.join()
 
 
+@pytest.mark.extended
 def test_a_grid_whose_two_workers_are_killed_at_random_gives_the_same_table(tmp_path: Path) -> None:
     """Of the controllers the first is killed, the second stopped by SIGTERM, and the third finishes."""
     whole = write_study(tmp_path / "whole", OFTEN + EIGHT, epochs=3)
@@ -176,6 +177,7 @@ def outcomes_of_finished(folder: Path) -> dict[str, bytes]:
     return {title: run.metrics_file.read_bytes() for title, run in runs_of(folder)}
 
 
+@pytest.mark.extended
 def test_a_search_with_one_worker_is_reproducible_despite_interruptions(tmp_path: Path) -> None:
     text = """
         [study]

@@ -259,7 +259,12 @@ def test_every_shipped_recipe_is_in_the_list_of_dry_runs() -> None:
     assert {Path(name).stem for name in SHIPPED} >= wanted
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+IN_DEFAULT_LANE = {"quickstart.toml", "resnet50_caltech.toml", "convnet_cifar10_augment.toml", "two_digits.toml"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in IN_DEFAULT_LANE else pytest.mark.extended) for name in SHIPPED]
+)
 def test_every_shipped_recipe_passes_a_dry_run(
     name: str,
     tmp_path: Path,
