@@ -166,6 +166,29 @@ def test_a_run_is_not_resumed_after_its_plugin_has_changed(write_module: WriteMo
     fit(recipe, resume=run.path, quiet=True)  # the change was accepted
 
 
+def test_features_of_a_frozen_plugin_are_cached_for_its_file(
+    write_module: WriteModule, tmp_path: Path, own_cache: Path
+) -> None:
+    module = write_module(TRAINING)
+    plugins.use_modules(["own"])
+    first = fit(small(tmp_path, *PLUGINS["model"], "train.epochs=1"), quiet=True)
+    frozen = (f'model.weights="file:{first.best_weights}"', 'transfer.mode="linear_probe"', "augment.mixup=0.0")
+    recipe = small(tmp_path, *PLUGINS["model"], *frozen)
+
+    def entries() -> set[str]:
+        return {path.name for path in own_cache.glob("features-*") if path.is_dir()}
+
+    expected = results(fit(recipe, quiet=True))
+    cached = entries()
+    assert len(cached) == 3, "train, validation, test"
+    assert results(fit(recipe, quiet=True)) == expected
+    assert entries() == cached
+    module.write_text(module.read_text() + "# changed\n")
+    del plugins.find("model", "net").__dict__["record"]  # as in a new process
+    assert results(fit(recipe, quiet=True)) == expected
+    assert len(entries() - cached) == 3, "the file is part of the key, because the forward pass may have changed"
+
+
 # -- objects given to fit ---------------------------------------------------------------------------------------------
 
 

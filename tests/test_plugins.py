@@ -175,6 +175,7 @@ def test_faulty_modules_are_one_message(write_module: WriteModule, tmp_path: Pat
     write_module("1 / 0")
     for modules, message in (
         (["missing.py"], "there is no such file"),
+        (["a,b.py"], "separates modules by commas, so a path cannot contain one"),
         (["own"], "the plugin module own cannot be imported: ZeroDivisionError"),
         (["missing"], "cannot be imported: ModuleNotFoundError"),
     ):

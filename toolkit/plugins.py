@@ -184,6 +184,8 @@ def use_modules(modules: list[str]) -> None:
     Each is an importable name, or the path of a Python file. Raises UserError.
     """
     listed = [*_listed(), *(_absolute(module) for module in modules)]
+    if divided := next((name for name in listed if "," in name), None):
+        raise UserError(f"--plugin {divided}: {VARIABLE} separates modules by commas, so a path cannot contain one")
     os.environ[VARIABLE] = ",".join(dict.fromkeys(listed))
     _load_listed()
 
