@@ -20,7 +20,7 @@ from toolkit.models.build import build_model
 from toolkit.recipe import Recipe, RecipeError, loads_recipe
 from toolkit.recipe.schema import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from toolkit.runs import Run
-from toolkit.training.losses import check_loss, plugin_loss
+from toolkit.training.losses import check_loss, plugin_loss, training_loss
 from toolkit.training.lr_schedule import check_schedule, learning_rate
 from toolkit.training.optimizer import build_optimizer
 from toolkit.training.train_step import TrainStep
@@ -385,6 +385,19 @@ def test_losses_are_tried_before_training(write_module: WriteModule) -> None:
     ):
         with pytest.raises(UserError, match=message):
             losses(function)
+
+
+def test_a_loss_of_several_labels_gets_them_as_numbers(write_module: WriteModule) -> None:
+    def mean_over_labels(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+
+    cpu = torch.device("cpu")
+    table = TrainConfig(epochs=1, batch_size=8, loss=f"plugin:{register('loss', lambda: mean_over_labels)}")
+    loss = plugin_loss(table, 0.0, None, 4, cpu)
+    assert check_loss(loss, table.loss, 4, cpu, multi_label=True, mixed=False) is None
+    built_in = training_loss(TrainConfig(epochs=1, batch_size=8, loss="bce"), 0.0, None, multi_label=True)
+    logits, labels = torch.randn(3, 4), torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.uint8)
+    assert torch.allclose(loss(logits, labels), built_in(logits, labels))
 
 
 def test_a_loss_with_parameters_is_refused(write_module: WriteModule) -> None:

@@ -235,6 +235,27 @@ def test_entry_points_of_installed_packages_are_plugins(write_module: WriteModul
         plugins.find("model", "broken")
 
 
+def test_a_recipe_without_plugins_loads_none(write_module: WriteModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **named: object) -> None:
+        raise AssertionError("nothing is looked up")
+
+    monkeypatch.setattr(plugins, "entry_points", fail)
+    monkeypatch.setattr(plugins, "_load_listed", fail)
+    monkeypatch.setenv(plugins.VARIABLE, "missing")
+    text = RECIPE.replace('source = "plugin"\nname = "tiny_net"', 'source = "torchvision"\nname = "resnet18"')
+    for old, new in (
+        ("args = { width = 12 }", ""),
+        ("plugin:descent", "adam"),
+        ("plugin:sawtooth", "cosine"),
+        ("args = { period = 2 }", ""),
+        ("plugin:poly", "bce"),
+        ("loss_args = { alpha = [0.5, 1.0] }", ""),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    assert loads_recipe(text).train.loss == "bce"
+
+
 def test_commands_load_plugins_with_an_option(write_module: WriteModule, tmp_path: Path) -> None:
     write_module(MODULE)
     (tmp_path / "recipe.toml").write_text(RECIPE)

@@ -203,7 +203,8 @@ def find(kind: str, name: str) -> Plugin:
 
 def is_loaded(kind: str, name: str) -> bool:
     """Return whether there is a plugin with this name."""
-    return name in names(kind)
+    _load_listed()
+    return (kind, name) in _registered or name in _entries(kind)
 
 
 def unknown(kind: str, name: str) -> str:
