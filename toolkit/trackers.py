@@ -252,8 +252,8 @@ def _close(tracker: Any, exit_code: int) -> None:
     if tracker.name != "wandb":
         tracker.finish()
         return
-    if exit_code == Interrupted.exit_status:
-        tracker.tracker.mark_preempting()
+    if exit_code == Interrupted.exit_status and "WANDB_SWEEP_ID" not in os.environ:
+        tracker.tracker.mark_preempting()  # not in a sweep, which stops poor runs and would start them again
     try:
         tracker.tracker.finish(exit_code=exit_code)
     except TimeoutError:

@@ -26,6 +26,7 @@ from toolkit.cli.report import report
 from toolkit.cli.results import table
 from toolkit.cli.slurm import cancel, logs, status, submit
 from toolkit.cli.study import study
+from toolkit.cli.sweep import sweep
 from toolkit.cli.train import train
 from toolkit.errors import EXIT_FAILURE, EXIT_OK
 from toolkit.startup import prepare_process
@@ -46,9 +47,8 @@ app = typer.Typer(
 )
 COMMANDS = (
     new, train, recipes, validate, show, diff, plan, data, pack, models, transforms, optimizers, datasets, plugins,
-    new, train, recipes, validate, show, diff, plan, data, pack, models, transforms, optimizers, datasets, plugins,
-    doctor, bench, find_lr, cache, submit, status, logs, cancel, study, table, report, evaluate, predict, explain,
-    export, publish, sync,
+    doctor, bench, find_lr, cache, submit, status, logs, cancel, study, sweep, table, report, evaluate, predict,
+    explain, export, publish, sync,
 )  # fmt: skip
 for function in COMMANDS:
     app.command()(function)

@@ -50,7 +50,11 @@ def load_recipe(path: str, overrides: list[str] | None, *, text: str | None = No
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key; the value is TOML, so strings need quotes."),
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help="Override a key; the value is TOML, so strings need quotes. Or a JSON object of keys and values.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
 RECIPE_HELP = "TOML file, or the name of a ready-made recipe (toolkit recipes)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -12,11 +13,13 @@ from typing import Any
 
 import tomli
 
+from toolkit.errors import first_line
 from toolkit.ready_recipes import missing_recipe_hint
 from toolkit.recipe.diagnostics import Diagnostic, Location, RecipeError, dotted
 from toolkit.recipe.earlier_versions import update_recipe
 from toolkit.recipe.resolve import is_resolved
 from toolkit.recipe.toml_positions import KeyPath, Span, scan
+from toolkit.recipe.toml_writer import toml_value
 from toolkit.similar_names import similar_names
 
 MAX_BYTES = 64 * 1024
@@ -155,16 +158,37 @@ def parse(name: str, text: str, note: str | None = None) -> ConfigLayer:
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[ConfigLayer]:
-    """Parse the ``--set`` arguments. Raises RecipeError listing all that are not ``table.key=value``."""
-    sources, errors = [], []
+    """Parse the ``--set`` arguments: ``table.key=value``, or a JSON object of dotted keys with their values.
+
+    Raises RecipeError listing all that are neither.
+    """
+    sources: list[ConfigLayer] = []
+    errors: list[Diagnostic] = []
     for argument in arguments:
         try:
-            sources.append(_parse_override(argument))
+            texts = _from_json(argument) if argument.lstrip().startswith("{") else [argument]
+            sources += [_parse_override(text) for text in texts]
         except RecipeError as error:
             errors += error.diagnostics
     if errors:
         raise RecipeError(errors)
     return sources
+
+
+def _from_json(argument: str) -> list[str]:
+    """Convert a JSON object of dotted keys, as the agent of a W&B sweep passes it, to ``table.key=value`` arguments."""
+    try:
+        if len(argument) > MAX_BYTES:
+            raise ValueError("it is too long")
+        values = json.loads(argument)
+        if None in values.values():
+            raise ValueError("null is not a value; leave the key out instead")
+        texts = [f"{key}={toml_value(value)}" for key, value in values.items()]
+        "".join(texts).encode()  # fails for half of a surrogate pair
+    except (ValueError, RecursionError) as error:
+        message = f"expected table.key=value, or a JSON object of keys and values ({first_line(error)})"
+        raise RecipeError([Diagnostic("error", message, location=_location(SET, argument, 0))]) from None
+    return texts
 
 
 def _parse_override(argument: str) -> ConfigLayer:
