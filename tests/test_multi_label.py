@@ -17,6 +17,7 @@ import pytest
 import torch
 from cli import toolkit
 from finished import CONVNET
+from huggingface_hub import ModelCard
 from sklearn import metrics as oracle
 from test_tracking import history
 from trainers import Trainers, at_call, kill_self
@@ -273,6 +274,20 @@ def test_a_published_model_s_card_names_the_metrics_of_its_kind(run: Run) -> Non
         (True, False) if is_multi_label(run) else (False, True)
     )
     assert ("threshold of each label" in card) == is_multi_label(run)
+    metadata, best = ModelCard(card).data, run.summary["best"]
+    assert ("multi-label" in metadata.tags) == is_multi_label(run)
+    found = {(r.metric_name, r.metric_type, (r.metric_args or {}).get("average")): r for r in metadata.eval_results}
+    expected = {("macro F1", "f1", "macro"): "test_macro_f1"}
+    if is_multi_label(run):
+        expected |= {
+            ("subset accuracy", "accuracy", None): "test_accuracy",
+            ("micro F1", "f1", "micro"): "test_micro_f1",
+            ("mAP", "average_precision", "macro"): "test_map",
+            ("AUROC", "roc_auc", "macro"): "test_auroc",
+        }
+        assert {r.task_name for r in found.values()} == {"multi-label image classification"}
+        assert found.keys() == expected.keys()
+    assert {key: found[key].metric_value for key in expected} == {k: round(best[v], 6) for k, v in expected.items()}
 
 
 def test_explain_shows_the_prediction_or_each_label_predicted_or_missed(run: Run, tmp_path: Path) -> None:

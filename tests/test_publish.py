@@ -16,6 +16,7 @@ from finished import CONVNET, TIMM, train_on_files
 from hub import Hub
 from huggingface_hub import ModelCard, constants
 
+from toolkit.inference.publish import model_card
 from toolkit.recipe import load_recipe
 from toolkit.runs import Run
 from toolkit.training.trained_model import load_model
@@ -57,6 +58,55 @@ def test_the_cards_front_matter_is_parsed_by_the_hubs_own_library(run: Run, tmp_
         "macro F1": round(best["test_macro_f1"], 6),
     }
     assert {(result.dataset_type, result.dataset_split) for result in data.eval_results} == {("imagefolder", "test")}
+    assert {result.metric_type: result.metric_args for result in data.eval_results}["f1"] == {"average": "macro"}
+    assert data.metrics == ["accuracy", "f1"]
+    assert data.datasets is None
+
+
+def card_for(run: Run, folder: Path, best: dict[str, float] | None = None, **data: Any) -> Any:
+    """Return the model card that the run would have with other keys of [data] and other metrics, read back."""
+    recipe = run.recipe.model_copy(update={"data": run.recipe.data.model_copy(update=data)})
+    summary = {**run.summary, "best": best or run.summary["best"]}
+    text = model_card(run, load_model(run.path), recipe, summary, "lab/digits", "mit")
+    (folder / "README.md").write_text(text)
+    return card_of(folder)
+
+
+def test_a_data_set_on_the_hub_is_in_the_metadata_and_linked(run: Run, tmp_path: Path) -> None:
+    arguments = {"name": "small", "revision": "main"}
+    card = card_for(run, tmp_path, dataset="huggingface", name="lab/my_flowers", args=arguments)
+    assert card.data.datasets == ["lab/my_flowers"]
+    described = {(r.dataset_type, r.dataset_config, r.dataset_revision) for r in card.data.eval_results}
+    assert described == {("lab/my_flowers", "small", "main")}
+    assert r"[lab/my\_flowers](https://huggingface.co/datasets/lab/my_flowers)" in card.text
+    for not_on_the_hub in ("cifar10", str(tmp_path), "lab/flowers/train"):
+        assert card_for(run, tmp_path, dataset="huggingface", name=not_on_the_hub).data.datasets is None
+
+
+@pytest.mark.parametrize(
+    ("data", "link"),
+    [
+        (
+            {"dataset": "cifar10"},
+            "[CIFAR-10](https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.CIFAR10.html)",
+        ),
+        (
+            {"dataset": "torchvision", "name": "Flowers102"},
+            "[Flowers102](https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.Flowers102.html)",
+        ),
+        ({"dataset": "caltech101"}, "[Caltech-101](https://doi.org/10.22002/D1.20086)"),
+        ({"dataset": "imagefolder"}, "the author's own images. 10 classes"),
+    ],
+)
+def test_the_card_links_the_page_of_the_data_set(run: Run, tmp_path: Path, data: dict[str, str], link: str) -> None:
+    assert link in card_for(run, tmp_path, **data).text
+
+
+def test_without_test_images_the_metadata_has_the_validation_metrics(run: Run, tmp_path: Path) -> None:
+    best = {key: value for key, value in run.summary["best"].items() if not key.startswith("test_")}
+    results = card_for(run, tmp_path, best).data.eval_results
+    assert {result.dataset_split for result in results} == {"validation"}
+    assert results[0].metric_value == round(best["val_accuracy"], 6)
 
 
 def test_the_card_describes_data_recipe_metrics_limits_and_license(run: Run, tmp_path: Path) -> None:

@@ -180,3 +180,18 @@ def info_of(dataset: str, name: str | None) -> DatasetInfo:
         opener=general.opener,
         torchvision_class=name,
     )
+
+
+PAGES = {
+    "digits": "https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
+    "caltech101": "https://doi.org/10.22002/D1.20086",
+}
+"""Pages of data sets that are not of torchvision."""
+
+
+def page_of(dataset: str, name: str | None) -> str | None:
+    """Return the URL of the data set's page, from ``data.dataset`` and ``data.name``; None if none is known."""
+    torchvision_class = info_of(dataset, name).torchvision_class
+    if torchvision_class is None:
+        return PAGES.get(dataset)
+    return f"https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.{torchvision_class}.html"

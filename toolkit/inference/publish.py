@@ -12,7 +12,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
 import toolkit
-from toolkit.data.dataset_info import info_of
+from toolkit.data.dataset_info import info_of, page_of
 from toolkit.errors import RunFailed, UserError, first_line
 from toolkit.inference.export import FORMATS, images_to_compare, new_folder, portable, write_checked
 from toolkit.inference.timm_config import fits_timm
@@ -28,6 +28,8 @@ from toolkit.training.trained_model import TrainedModel, load_model
 TEMPLATE = Path(__file__).with_name("model_card.md")
 MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]")
 """Characters with a special meaning in Markdown."""
+
+HUB_DATASETS = "https://huggingface.co/datasets/"
 
 SPLITS = {"val": "validation", "test": "test"}
 """Names of the splits in the table of metrics, by metric prefix."""
@@ -153,12 +155,15 @@ def model_card(
         "plugin": f"`{model.name}`, a model whose code is not part of the toolkit",
     }
     record = find("model", model.name).record if model.source == "plugin" else {}
+    dataset = hub_dataset(recipe)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         front_matter=_front_matter(trained, recipe, summary, title, license_id) if hub else "",
         title=title,
         architecture=architectures.get(model.source, f"`{model.name}` of {model.source}"),
         plugin=record.get("loaded_with") or record.get("file"),
         info=info_of(recipe.data.dataset, recipe.data.name),
+        hub_dataset=dataset,
+        page=HUB_DATASETS + dataset if dataset else page_of(recipe.data.dataset, recipe.data.name),
         run=run,
         repo=repo,
         license_id=license_id,
@@ -175,8 +180,13 @@ def model_card(
     )
 
 
-METRIC_TYPES = {"macro_f1": "f1", "micro_f1": "f1", "map": "average_precision", "auroc": "roc_auc"}
-"""Names on the Hub of the measures that are not accuracies."""
+METRIC_TYPES: dict[str, tuple[str, dict[str, str]]] = {
+    "macro_f1": ("f1", {"average": "macro"}),
+    "micro_f1": ("f1", {"average": "micro"}),
+    "map": ("average_precision", {"average": "macro"}),
+    "auroc": ("roc_auc", {"average": "macro"}),
+}
+"""Names on the Hub of the measures that are not accuracies, with arguments named as in scikit-learn."""
 
 
 LABELS = {
@@ -193,30 +203,59 @@ def _measures(trained: TrainedModel) -> dict[str, str]:
 
 
 def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any], title: str, license_id: str) -> str:
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=recipe.data.dataset,
-            dataset_name=info_of(recipe.data.dataset, recipe.data.name).title,
-            dataset_split="test",
-            metric_type=METRIC_TYPES.get(name, "accuracy"),
-            metric_name=label,
-            metric_value=round(summary["best"][f"test_{name}"], 6),
-        )
-        for name, label in _measures(trained).items()
-        if MEASURES[name].unit == "%" and f"test_{name}" in summary["best"]
-    ]
+    results, dataset = _eval_results(trained, recipe, summary["best"]), hub_dataset(recipe)
+    tags = ["image-classification", recipe.model.source, recipe.model.name, recipe.transfer.mode]
     data = ModelCardData(
         license=license_id,
         library_name="timm" if fits_timm(trained.table) else "toolkit",
         pipeline_tag="image-classification",
-        tags=["image-classification", recipe.model.source, recipe.model.name, recipe.transfer.mode],
-        metrics=["accuracy"] if results else None,
+        tags=[*tags, *(["multi-label"] if trained.task.kind == "multi_label" else [])],
+        datasets=[dataset] if dataset else None,
+        metrics=sorted({result.metric_type for result in results}) or None,
         model_name=title,
         eval_results=results or None,
         base_model=_base_model(recipe),
     )
     return str(data.to_yaml())
+
+
+def _eval_results(trained: TrainedModel, recipe: Recipe, best: dict[str, Any]) -> list[EvalResult]:
+    """Return the metrics on the test images, or without any on the validation images, in the Hub's format."""
+    prefix = next((prefix for prefix in ("test", "val") if f"{prefix}_loss" in best), "")
+    dataset, multi_label = hub_dataset(recipe), trained.task.kind == "multi_label"
+    results = []
+    for name, label in _measures(trained).items():
+        if MEASURES[name].unit != "%" or f"{prefix}_{name}" not in best:
+            continue
+        metric, arguments = METRIC_TYPES.get(name, ("accuracy", None))
+        results.append(
+            EvalResult(
+                task_type="image-classification",
+                task_name="multi-label image classification" if multi_label else None,
+                dataset_type=dataset or recipe.data.dataset,
+                dataset_name=dataset or info_of(recipe.data.dataset, recipe.data.name).title,
+                dataset_config=recipe.data.args.get("name") if dataset else None,
+                dataset_revision=recipe.data.args.get("revision") if dataset else None,
+                dataset_split=SPLITS[prefix],
+                metric_type=metric,
+                metric_name=label,
+                metric_args=arguments,
+                metric_value=round(best[f"{prefix}_{name}"], 6),
+            )
+        )
+    return results
+
+
+def hub_dataset(recipe: Recipe) -> str | None:
+    """Return the id of the data set on the Hugging Face Hub; None if it is none that is known to be there."""
+    name = recipe.data.name or ""
+    if recipe.data.dataset != "huggingface" or name.count("/") != 1 or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 def _base_model(recipe: Recipe) -> str | None:
