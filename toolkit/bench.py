@@ -149,7 +149,7 @@ def _measure(
     flops = _flops(training, first)
 
     def data() -> None:
-        for _, batch in itertools.islice(stream.epoch(0), steps * table.grad_accum_steps):
+        for _, batch in itertools.islice(stream.epoch(0), steps * setup.accum_steps):
             to_device(batch.images, device, table.channels_last)
 
     stream, repeated = _EndlessLoader(loader), _RepeatedBatch(first, steps)

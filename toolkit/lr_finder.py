@@ -92,7 +92,7 @@ def find_lr(recipe: Recipe, *, steps: int = 100, min_lr: float = 1e-7, max_lr: f
         }
     )
     accelerator = init_accelerator(recipe.train)
-    check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.grad_accum_steps)
+    check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.min_accum_steps)
     display = Console(is_main=accelerator.is_main_process)
     with out_of_memory_explained(recipe.train, accelerator.num_processes):
         training = Trainer(build_context(recipe, accelerator, display), None, None, GracefulStop(), None)

@@ -227,7 +227,13 @@ class RunDirectory:
     @property
     def images_per_process(self) -> int:
         """Number of images that each process of the run evaluated at once."""
-        return max(1, self.recipe.train.images_per_evaluation // self.processes)
+        return max(1, self.images_per_evaluation // self.processes)
+
+    @property
+    def images_per_evaluation(self) -> int:
+        """Number of images that all processes of the run together evaluated at once."""
+        train = self.recipe.train
+        return train.images_per_evaluation(int(self.environment.get("grad_accum_steps", train.min_accum_steps)))
 
     @property
     def split(self) -> dict[str, Any]:

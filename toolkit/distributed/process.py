@@ -204,17 +204,23 @@ def out_of_memory_explained(train: TrainConfig, processes: int) -> Iterator[None
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not is_known and not any(some in str(error) for some in ("can't allocate memory", "out of memory")):
+        if not is_out_of_memory(error):
             raise
-        at_once = train.batch_size // processes // train.grad_accum_steps
+        steps = train.grad_accum_steps
+        images = "" if steps == "auto" else f" with {train.batch_size // processes // steps} images at once"
         raise RunFailed(
-            f"out of memory with {at_once} images at once in each process (train.batch_size = {train.batch_size} over "
-            f"{plural(processes, 'process', 'processes')} and train.grad_accum_steps = {train.grad_accum_steps}): "
+            f"out of memory{images} in each process (train.batch_size = {train.batch_size} over "
+            f"{plural(processes, 'process', 'processes')} and train.grad_accum_steps = {steps!r}): "
             f"{first_line(error):.200}\n"
             "Try a larger train.grad_accum_steps (same experiment, fewer images at once), train.precision = 'bf16', a "
             "smaller train.eval_batch_size, or a smaller train.batch_size"
         ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device or the machine has too little free memory."""
+    known = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(some in str(error) for some in known)
 
 
 def autocast_dtype(precision: str | None) -> torch.dtype | None:

@@ -78,7 +78,7 @@ class ResourceEstimate:
     @property
     def micro_batch(self) -> int:
         """Number of images in a micro-batch of one process."""
-        return self.recipe.train.batch_size // self.processes // self.recipe.train.grad_accum_steps
+        return self.recipe.train.batch_size // self.processes // self.recipe.train.min_accum_steps
 
     @property
     def steps(self) -> int | None:
@@ -129,7 +129,7 @@ def plan(recipe: Recipe, processes: int = 1, classes: int | None = None) -> Reso
     size that is not divisible by the processes and accumulation steps, and for anything that training would reject.
     """
     train = recipe.train
-    check_batch_size(train.batch_size, processes, train.grad_accum_steps)
+    check_batch_size(train.batch_size, processes, train.min_accum_steps)
     contents = _contents(recipe.data, classes)
     if contents.images:
         check_steps(contents.images["train"], train.batch_size, train.drop_last)
@@ -137,9 +137,11 @@ def plan(recipe: Recipe, processes: int = 1, classes: int | None = None) -> Reso
     weights = expected_input(recipe.model)
     sizes = [stage.image_size for stage in training_stages(preprocessing, recipe.data, weights)]
     sizes.append(eval_preprocessing(preprocessing, recipe.data, weights).image_size)
-    images = train.batch_size // processes // train.grad_accum_steps
+    images = train.batch_size // processes // train.min_accum_steps
     shape = (images, preprocessing.channels, *preprocessing.image_size)
     precision, notes = _precision(recipe)
+    if train.grad_accum_steps == "auto":
+        notes.append('memory is that of 1 accumulation step; train.grad_accum_steps = "auto" takes more if necessary')
     if contents.absent:
         notes.insert(0, f"images and steps are left out: {contents.absent}")
     built, transfer, step, measured_by = _measure(recipe, contents.classes, shape, autocast_dtype(precision))
@@ -281,7 +283,7 @@ def plan_text(found: ResourceEstimate) -> str:
         ("classes", f"{contents.classes}"),
         ("input", f"{found.preprocessing.channels} x {size_text(found.preprocessing.image_size)}"),
         ("steps", _steps_text(found)),
-        ("batch", batch_split(train.batch_size, found.processes, train.grad_accum_steps)),
+        ("batch", batch_split(train.batch_size, found.processes, train.min_accum_steps)),
         ("parameters", f"{found.parameters:,}, of which {found.trainable:,} are trained"),
         ("precision", found.precision),
         ("memory", f"{_size(memory.total)} on each device, measured by {found.measured_by}"),

@@ -201,7 +201,7 @@ def evaluate_run(
 def split_loader(run: Run, images: SplitDataset, processes: int, accelerator: Accelerator) -> EvaluationLoader:
     """Return a loader that distributes the batches of the run's own evaluation over the current processes."""
     recipe, count = run.recipe, len(images.indices)
-    size = recipe.train.images_per_evaluation
+    size = run.images_per_evaluation
     batches = [batch for rank in range(processes) for batch in plan_evaluation(count, size, processes, rank)]
     own = batches[accelerator.process_index :: accelerator.num_processes]
     workers = min(worker_count(recipe.data.workers, images.images, local_processes()), len(own))

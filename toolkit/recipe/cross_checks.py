@@ -255,7 +255,7 @@ def augment(recipe: Recipe) -> Iterator[Issue]:
 
 def train(recipe: Recipe) -> Iterator[Issue]:
     """Check that grad_accum_steps divides the batch size; warn if both sampling and loss are weighted by class."""
-    batch, parts = recipe.train.batch_size, recipe.train.grad_accum_steps
+    batch, parts = recipe.train.batch_size, recipe.train.min_accum_steps
     if batch % parts:
         below, above = batch // parts * parts, (batch // parts + 1) * parts
         hint = f"for example batch_size = {f'{below} or ' if below else ''}{above}"

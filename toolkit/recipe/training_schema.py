@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     ConfigDict,
@@ -170,8 +170,11 @@ class TrainConfig(ConfigModel):
         "split into micro-batches on a GPU that does not have enough memory.",
         json_schema_extra=IMAGES,
     )
-    grad_accum_steps: int = Field(
-        1, ge=1, description="Gradient accumulation: number of micro-batches per batch, to save memory."
+    grad_accum_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="Gradient accumulation: number of micro-batches per batch, to save memory. auto: the smallest "
+        "number with which a training step fits in the device's memory, tried before training; 1 on a CPU. batch_size "
+        "stays as it is, so results differ only by rounding, unless batch norm computes statistics of micro-batches.",
     )
     drop_last: bool = Field(False, description="Drop the last, incomplete batch of each epoch.")
     precision: Literal["auto", "no", "fp16", "bf16"] = Field(
@@ -259,9 +262,13 @@ class TrainConfig(ConfigModel):
         return content | ({"loss_args": self.loss_args.given} if "loss_args" in content else {})
 
     @property
-    def images_per_evaluation(self) -> int:
-        """``eval_batch_size`` or its default, twice the micro-batch, as evaluation stores no gradients."""
-        return self.eval_batch_size or max(1, 2 * self.batch_size // self.grad_accum_steps)
+    def min_accum_steps(self) -> int:
+        """``grad_accum_steps``, or 1 if it is "auto", until a larger number turns out to be necessary."""
+        return 1 if self.grad_accum_steps == "auto" else self.grad_accum_steps
+
+    def images_per_evaluation(self, accum_steps: int) -> int:
+        """Return ``eval_batch_size`` or its default, twice the micro-batch, as evaluation stores no gradients."""
+        return self.eval_batch_size or max(1, 2 * self.batch_size // accum_steps)
 
 
 class EarlyStoppingConfig(ConfigModel):

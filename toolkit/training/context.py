@@ -68,6 +68,8 @@ class TrainingContext:
     """What makes results depend on the number of processes, or a resumed run differ: sentences for the summary."""
     drawn: str = ""
     """Hash of the splits that the recipe defines; ``splits`` may differ in a resumed run whose data have changed."""
+    accum_steps: int = 1
+    """train.grad_accum_steps; if this is "auto", the number that was found (1 before)."""
 
     def preprocessing_of(self, split: str) -> Preprocessing:
         """Return the preprocessing of a split; for "train", that of the last stage."""
@@ -167,6 +169,7 @@ def build_context(
         bad_images,
         built.not_exact,
         drawn,
+        train.min_accum_steps,
     )
     if train.ema is not None and (warning := short_run_warning(train.ema, setup.steps * train.epochs)):
         display.log(warning)
@@ -296,7 +299,7 @@ def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
         *(f"  {note}" for note in built.notes),
         table(cells, header, frozenset((1, 2, 3, 4))),
         f"images {counts}; {plural(len(setup.dataset.classes), 'class', 'classes')}; input {inputs}",
-        f"batch size {batch_split(train.batch_size, setup.accelerator.num_processes, train.grad_accum_steps)}; "
+        f"batch size {batch_split(train.batch_size, setup.accelerator.num_processes, setup.accum_steps)}; "
         f"{plural(setup.steps, 'step')} per epoch, {plural(train.epochs, 'epoch')}",
         f"device {setup.accelerator.device}, precision {precision}",
     ]

@@ -192,6 +192,7 @@ def _summary(training: Trainer, models: _FinalModels) -> dict[str, Any]:
         "images_per_epoch": min(len(setup.splits["train"]), setup.steps * training.recipe.train.batch_size),
         "images_left_out": len(setup.bad_images),
         "not_exact": setup.not_exact,
+        "grad_accum_steps": setup.accum_steps,
         "processes": training.accelerator.num_processes,
         "device": str(training.accelerator.device.type),
         "precision": training.accelerator.mixed_precision,

@@ -125,6 +125,8 @@ def fit(
             ):
                 training = _training(setup, run, tracking, stop, resumption, callbacks)
                 stack.callback(training.loaders.close)
+                if recipe.train.grad_accum_steps == "auto" and accelerator.is_main_process:
+                    run.write_json("environment.json", run.environment | {"grad_accum_steps": setup.accum_steps})
                 training.startup_seconds = _log_startup(display, called, called if began is None else began)
                 summary = finish(training) if training.run_epochs(until) else None
                 if summary is not None:
@@ -209,7 +211,7 @@ def _join_processes(
     """Initialize distributed training, check batch size and trackers, and log ranks and precision."""
     accelerator = init_accelerator(recipe.train, stop)
     require_packages(recipe.tracking.trackers)
-    check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.grad_accum_steps)
+    check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.min_accum_steps)
     display = Console(is_main=accelerator.is_main_process, shows=not quiet)
     if line := unused_tasks_line():
         display.log(line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -134,6 +134,13 @@ class DataLoaders:
             return self.images.evaluation(split, mine if order is None else [order[batch] for batch in mine]), rounds
         return EvaluationLoader(TensorBatches(rows, self.setup.labels(split)), mine), rounds
 
+    def use_accum_steps(self, number: int) -> None:
+        """Divide the batches of later epochs, and of evaluations, for another number of accumulation steps."""
+        self.train.plan = replace(self.train.plan, grad_accum_steps=number)
+        for loader, _ in self.made.values():
+            loader.close()
+        self.made.clear()
+
     def close(self) -> None:
         """Stop all worker processes and release memory maps."""
         self.train.close()
@@ -212,7 +219,7 @@ def _plan(setup: TrainingContext) -> SamplingPlan:
         size=len(setup.splits["train"]),
         seed=setup.recipe.recipe.seed,
         batch_size=table.batch_size,
-        grad_accum_steps=table.grad_accum_steps,
+        grad_accum_steps=setup.accum_steps,
         drop_last=table.drop_last,
         world=setup.accelerator.num_processes,
         rank=setup.accelerator.process_index,
@@ -225,4 +232,4 @@ def _plan(setup: TrainingContext) -> SamplingPlan:
 
 
 def _eval_batch_size(setup: TrainingContext) -> int:
-    return setup.recipe.train.images_per_evaluation
+    return setup.recipe.train.images_per_evaluation(setup.accum_steps)

@@ -39,7 +39,7 @@ def check_single_value_batches(
         advice.append(f"train.batch_size = {' or '.join(map(str, sizes))}")
     if affected[0] != train.batch_size:
         advice.append("train.drop_last = true")
-    if train.grad_accum_steps > 1:
+    if train.min_accum_steps > 1:
         advice.append("a smaller train.grad_accum_steps")
     raise UserError(
         f"{which} has {share} ({images} training images, train.batch_size = {train.batch_size}"
@@ -103,7 +103,7 @@ def _is_affected(count: int, train: TrainConfig, world: int) -> bool:
 
 def _seen_at_once(count: int, train: TrainConfig, world: int) -> Iterator[int]:
     """Yield the fewest images that a batch norm gets at once, for a step's smallest and largest micro-batch."""
-    parts = min(train.grad_accum_steps, count)
+    parts = min(train.min_accum_steps, count)
     for part in (count // parts, -(-count // parts)):
         # A micro-batch with fewer images than processes is replicated on each; synchronized batch norm sees all of it.
         yield part if part < world or train.sync_batch_norm else part // world
@@ -111,7 +111,7 @@ def _seen_at_once(count: int, train: TrainConfig, world: int) -> Iterator[int]:
 
 def _other_sizes(images: int, train: TrainConfig, world: int) -> list[int]:
     """Return the nearest smaller and larger batch sizes without this problem."""
-    unit = world * train.grad_accum_steps
+    unit = world * train.min_accum_steps
 
     def fits(size: int) -> bool:
         return not any(_is_affected(count, train, world) for count in _step_sizes(images, size, train.drop_last))

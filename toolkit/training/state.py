@@ -69,6 +69,7 @@ def checkpoint_content(trainer: Trainer, processes: list[dict[str, Any]]) -> dic
         "batches": trainer.setup.batches_key,
         "drawn": trainer.setup.drawn,
         "classes": list(trainer.setup.dataset.classes),
+        "accum_steps": trainer.setup.accum_steps,
         "optimizer_name": recipe.optimizer.name,
         "best_epoch": progress.best["epoch"] if progress.best else None,
         "best_weights": trainer.writer.best_weights,

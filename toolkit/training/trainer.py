@@ -26,6 +26,7 @@ from toolkit.formatting import duration
 from toolkit.metrics import higher_is_better
 from toolkit.runs import Run
 from toolkit.trackers import Tracking
+from toolkit.training.accum_steps import settle_accum_steps
 from toolkit.training.build_trainer import build_train_step, place_model, unfreeze
 from toolkit.training.checkpoint import CheckpointStep, first_not_finite
 from toolkit.training.console import ProgressBar, epoch_line
@@ -90,6 +91,8 @@ class Trainer:
             restore_model(self, checkpoint)
         self.loaders: DataLoaders = build_loaders(setup, self.consensus.stop_aware, cache_policy)
         self.train_step = build_train_step(setup, self.loaders, self.progress.epochs_begun)
+        if self.recipe.train.grad_accum_steps == "auto":
+            settle_accum_steps(self, checkpoint)
         if checkpoint is not None:
             restore_rest(self, checkpoint)
             if checkpoint.get("best_lost"):
