@@ -31,6 +31,7 @@ from toolkit.models.build import expected_input
 from toolkit.recipe import catalog, load_recipe
 from toolkit.recipe.schema import DataConfig
 from toolkit.recipe.toml_writer import toml_value
+from toolkit.runs import open_run
 from toolkit.training.console import Console
 
 pytestmark = pytest.mark.long
@@ -470,14 +471,44 @@ def test_no_override_adds_another_file_or_line(argument: str, tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("columns", [30, 50, 80, 200])
+def test_progress_is_one_line_on_a_terminal_of_any_width(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with Console(is_main=True).bar("epoch 3/10", 1000) as bar:
+        bar.started -= 0.2
+        bar.advance(250, lambda: ["loss 0.1234", "best 0.9800", "5 min left for all epochs"])
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", stream.getvalue())
+    lines = [line.strip() for line in re.split("[\r\n]", plain) if line.strip()]
+    assert max(map(len, lines)) <= columns
+    assert all("epoch" in line for line in lines), "no line is continued on a second one"
+    assert ("━" in plain) == (columns >= 60)
+    assert ("25%" in plain) == (columns >= 30)
+    assert ("loss 0.1234" in plain, "best 0.9800" in plain, "5 min left" in plain) == (
+        (columns >= 80,) * 2 + (columns >= 140,)
+    )
+
+
+def test_progress_is_shown_by_the_main_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Console(is_main=False).bar("epoch 1", 10) as bar:
+        bar.advance(10)
+    with Console(is_main=True, shows=False).bar("epoch 1", 10) as bar:
+        bar.advance(10)
+    assert stream.getvalue() == ""
+
+
 def test_progress_shows_loss_remaining_time_and_evaluation(tmp_path: Path) -> None:
-    """Progress is shown on a terminal and not in log.txt. The first lines do not mention the C library."""
+    """Progress is shown on a terminal and not in log.txt, and the result as a card. Nothing mentions the C library."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
     command = [sys.executable, "-m", "toolkit.train", str(QUICKSTART), "--no-report", "--set", "train.epochs=2",
                "--set", f"recipe.run_root={json.dumps(str(tmp_path))}"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
-    process = subprocess.Popen(command, stderr=slave, stdout=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(command, stderr=slave, stdout=slave, env=environment)
     os.close(slave)
     shown = b""
     with contextlib.suppress(OSError):  # the terminal's other end is closed
@@ -486,12 +517,20 @@ def test_progress_shows_loss_remaining_time_and_evaluation(tmp_path: Path) -> No
     assert process.wait(60) == 0
     text = shown.decode(errors="replace")
     assert re.search(r"epoch [12]/2.*images/s.*loss \d+\.\d{4}", text)
+    assert re.search(r"epoch 2/2.*best 0\.\d{4}", text)
     assert "left for all epochs" in text
     assert "evaluating on validation" in text
     assert "evaluating on test" in text
     assert "glibc" not in text
     (run,) = (tmp_path / "quickstart").iterdir()
     assert "left for all epochs" not in (run / "log.txt").read_text()
+    card, best = text.replace("\r", ""), open_run(run).summary["best"]
+    assert f"  best (epoch {best['epoch']})  last (epoch 2)\n" in card
+    assert re.search(rf"\ntest accuracy +{best['test_accuracy']:.4f} ", card)
+    assert card.endswith(
+        f"\nrun      {run}\nreport   toolkit report {run}\npredict  toolkit predict {run} IMAGE...\n"
+        f"share    toolkit publish {run} USER/NAME\n"
+    )
 
 
 def test_durations_are_formatted_in_readable_units() -> None:

@@ -223,4 +223,5 @@ def test_cuda_graphs_need_a_gpu() -> None:
     ],
 )
 def test_evaluation_batches_are_twice_as_large(settings: dict[str, int], expected: int) -> None:
-    assert TrainConfig(epochs=1, **settings).images_per_evaluation == expected
+    table = TrainConfig(epochs=1, **settings)
+    assert table.images_per_evaluation(table.min_accum_steps) == expected

@@ -137,11 +137,16 @@ def _recipe_or_data(path: str, resume: str | None, overrides: list[str]) -> tupl
 
 
 def show_outcome(run: Run, *, as_json: bool) -> None:
-    """Print to stdout the final table and the path of the run directory, or the summary as JSON."""
+    """Print the result to stdout: as JSON, on a terminal as a card, else as a table and the path of the run."""
+    from toolkit.expectations import check_expectations
+    from toolkit.training.console import final_card
     from toolkit.training.fit import closing_text
 
     if as_json:
         print(json.dumps({"run": str(run.path), **run.summary}, indent=2))
+    elif sys.stdout.isatty():
+        expected = [verdict.line() for verdict in check_expectations(run.recipe, run.summary)]
+        print(f"\n{final_card(run.summary, run.path, expected)}")
     else:
         print(closing_text(run.recipe, run.summary))
         print(run.path)

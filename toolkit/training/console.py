@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.filenames import escape_control_characters
+from toolkit.formatting import duration
 from toolkit.metrics import headline, metric_of
 
 NOTE_EVERY_S = 0.5
-"""Seconds between updates of the progress bar's note; computing it reads the loss, which waits for the device."""
+"""Seconds between updates of the progress bar's notes; computing them reads the loss, which waits for the device."""
 
 
 class Console:
@@ -67,42 +70,57 @@ class Console:
             yield ProgressBar(None, 0)
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+        console = Console(stderr=True)
+        text, facts = (
+            TextColumn(field, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+            for field in ("{task.description}", "{task.fields[facts]}")
         )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar_width = _bar_width(console.width)
+        columns = [text, BarColumn(bar_width), facts] if bar_width else [text, facts]
+        with Progress(*columns, console=console, transient=True) as progress:
             self.progress = progress
             try:
-                yield ProgressBar(progress, progress.add_task(title, total=total, completed=done, speed="", note=""))
+                yield ProgressBar(progress, progress.add_task(title, total=total, completed=done, facts=""))
             finally:
                 self.progress = None
 
 
+def _bar_width(columns: int) -> int:
+    """Return the width of the bar on a terminal of this width; 0: too narrow for one."""
+    return 40 if columns >= 140 else 10 if columns >= 60 else 0
+
+
 class ProgressBar:
-    """A progress bar that counts images; does nothing if ``progress`` is None."""
+    """One line of progress that counts images; does nothing if ``progress`` is None.
+
+    On a narrow terminal, what stands at its end is left out.
+    """
 
     def __init__(self, progress: Any, task: int) -> None:
         self.progress, self.task = progress, task
         self.started, self.seen = time.perf_counter(), 0
         self.noted = 0.0
+        self.notes: list[str] = []
 
-    def advance(self, images: int, note: Callable[[], str] | None = None) -> None:
-        """Advance by ``images``. ``note`` returns a text for the end of the line; called at most every half second."""
+    def advance(self, images: int, notes: Callable[[], list[str]] | None = None) -> None:
+        """Advance by ``images``. ``notes`` returns texts for the end of the line; called at most every half second."""
         if self.progress is None:
             return
         self.seen += images
+        if notes is not None and time.perf_counter() - self.noted > NOTE_EVERY_S:
+            self.notes, self.noted = notes(), time.perf_counter()
+        task, width = self.progress.tasks[self.task], self.progress.console.width
+        total = max(task.total, 1)
+        done = min(task.completed + images, total)
         speed = self.seen / max(time.perf_counter() - self.started, 1e-9)
-        self.progress.update(self.task, advance=images, speed=f"{speed:,.0f} images/s")
-        if note is not None and time.perf_counter() - self.noted > NOTE_EVERY_S:
-            self.progress.update(self.task, note=note())
-            self.noted = time.perf_counter()
+        left = duration(math.ceil((total - done) / max(speed, 1e-9)))
+        facts = [f"{done / total:4.0%}", f"{speed:,.0f} images/s", f"{left} left", *self.notes]
+        while len("  ".join(facts)) > width - len(task.description) - _bar_width(width) - 3 and len(facts) > 1:
+            facts.pop()
+        self.progress.update(self.task, advance=images, facts="  ".join(facts))
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...], right: frozenset[int] = frozenset()) -> str:
@@ -131,14 +149,41 @@ def epoch_line(record: dict[str, Any], epochs: int, *, best: bool, images_per_s:
     )
 
 
+SUMMARY_METRICS = ("val_loss", "val_accuracy", "val_map", "test_loss", "test_accuracy", "test_balanced_accuracy",
+                   "test_map", "test_micro_f1")  # fmt: skip
+"""Metrics in the summary table, if the run has them."""
+
+
 def summary_table(summary: dict[str, Any]) -> str:
     """Format the summary table: validation and test metrics of the best and the last model, if the run has them."""
-    known = ("val_loss", "val_accuracy", "val_map", "test_loss", "test_accuracy", "test_balanced_accuracy", "test_map",
-             "test_micro_f1")  # fmt: skip
-    metrics = [metric for metric in known if metric in summary["best"]]
+    metrics = [metric for metric in SUMMARY_METRICS if metric in summary["best"]]
     rows = [
         (name, str(summary[name]["epoch"]), *(f"{summary[name][metric]:.4f}" for metric in metrics))
         for name in ("best", "last")
     ]
     header = ("model", "epoch", *(metric.replace("_", " ") for metric in metrics))
     return table(rows, header, frozenset(range(1, len(header))))
+
+
+def final_card(summary: dict[str, Any], path: Path, lines: Sequence[str]) -> str:
+    """Format the result for a terminal of any width: metrics, ``lines``, where the run is, and the next commands."""
+    best, last = summary["best"], summary["last"]
+    rows = [
+        (metric.replace("_", " "), f"{best[metric]:.4f}", f"{last[metric]:.4f}")
+        for metric in SUMMARY_METRICS
+        if metric in best
+    ]
+    header = ("", f"best (epoch {best['epoch']})", f"last (epoch {last['epoch']})")
+    run = shlex.quote(str(path))
+    report = path / "report.html"
+    return "\n".join(
+        [
+            table(rows, header, frozenset((1, 2))),
+            "",
+            *lines,
+            f"run      {path}",
+            f"report   {report}" if report.exists() else f"report   toolkit report {run}",
+            f"predict  toolkit predict {run} IMAGE...",
+            f"share    toolkit publish {run} USER/NAME",
+        ]
+    )

@@ -257,7 +257,7 @@ class Trainer:
         count = min(batch_size, len(self.setup.splits["train"]) - (step - 1) * batch_size)
         progress.step = step
         progress.train_images += count
-        self.bar.advance(count, lambda: self._progress_note(epoch, step, sums))
+        self.bar.advance(count, lambda: self._progress_notes(epoch, step, sums))
         table = self.recipe.checkpoint
         due = bool(table.every_minutes) and time.monotonic() - self.saved_at > table.every_minutes * 60
         stop, save, non_finite = self.consensus.exchange(
@@ -330,18 +330,20 @@ class Trainer:
             yield batch
             bar.advance(len(batch[0]) * self.accelerator.num_processes)
 
-    def _progress_note(self, epoch: int, step: int, sums: RunningMetrics) -> str:
-        """Return this process's mean loss in the epoch so far, and the estimated time left for the whole run."""
+    def _progress_notes(self, epoch: int, step: int, sums: RunningMetrics) -> list[str]:
+        """Return this process's mean loss in the epoch so far, the best epoch's metric, and the time left for all."""
         loss, _, count = sums.values.tolist()
         images, train = len(self.setup.splits["train"]), self.recipe.train
         done = epoch * images + min(step * train.batch_size, images)
         if self.first_image is None:
             self.first_image = (time.perf_counter(), done)
-        (began, before), shown = self.first_image, f"loss {loss / count:.4f}"
+        (began, before), shown = self.first_image, [f"loss {loss / count:.4f}"]
+        if self.progress.best is not None and train.best_metric in self.progress.best:
+            shown.append(f"best {self.progress.best[train.best_metric]:.4f}")
         if done == before:
             return shown
         left = (train.epochs * images - done) * (time.perf_counter() - began) / (done - before)
-        return f"{shown}, {duration(left)} left for all epochs"
+        return [*shown, f"{duration(left)} left for all epochs"]
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the model has its EMA weights, if the recipe has an EMA."""
