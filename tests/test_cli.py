@@ -506,7 +506,7 @@ def test_progress_shows_loss_remaining_time_and_evaluation(tmp_path: Path) -> No
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
     command = [sys.executable, "-m", "toolkit.train", str(QUICKSTART), "--no-report", "--set", "train.epochs=2",
-               "--set", f"recipe.run_root={json.dumps(str(tmp_path))}"]  # fmt: skip
+               "--set", "tracking.trackers=[]", "--set", f"recipe.run_root={json.dumps(str(tmp_path))}"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
     process = subprocess.Popen(command, stderr=slave, stdout=slave, env=environment)
     os.close(slave)
