@@ -187,6 +187,43 @@ def test_faulty_modules_are_one_message(write_module: WriteModule, tmp_path: Pat
         plugins.use_modules(["json.py"])
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("own.py", "raise SystemExit", "own.py cannot be imported: SystemExit"),
+        ("own.v2.py", "", "rename the file, without dots"),
+        (
+            "own_nets/inner.py",
+            "from . import other",
+            r"part of a package: in the folder .*, use --plugin own_nets.inner",
+        ),
+    ],
+)
+def test_files_that_python_cannot_import_are_one_message(
+    file: str, content: str, message: str, write_module: WriteModule, tmp_path: Path
+) -> None:
+    (tmp_path / "own_nets").mkdir()
+    (tmp_path / "own_nets/__init__.py").touch()
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        plugins.use_modules([file])
+
+
+def test_what_plugins_print_is_not_in_the_results(
+    write_module: WriteModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_module("print('imported')\n" + MODULE)
+    plugins.use_modules(["own"])
+    printing = plugins.Plugin("metric", "printing", lambda: print("called"))
+    printing.build({})
+    assert capsys.readouterr() == ("", "imported\ncalled\n")
+
+
+def test_a_factory_that_exits_is_an_error() -> None:
+    with pytest.raises(UserError, match="the metric 'own' failed: SystemExit: 0"):
+        plugins.Plugin("metric", "own", lambda: sys.exit(0)).build({})
+
+
 def test_two_files_cannot_register_the_same_name(write_module: WriteModule) -> None:
     write_module(MODULE)
     write_module(MODULE, "other")

@@ -419,6 +419,33 @@ def test_a_tail_whose_output_differs_from_the_models_is_detected() -> None:
     assert not backbone_is_deterministic(built.module, "layer4", torch.randn(2, 3, 32, 32))
 
 
+class _Wrapped(nn.Module):
+    """A small network whose layers are all in one submodule, ``net``; ``forward`` counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        output: torch.Tensor = self.net(x)
+        return output
+
+
+def test_a_submodule_with_all_layers_has_nothing_frozen_before_it() -> None:
+    module = _Wrapped()
+    built = ModelBundle(module, ("net.1",), ["net.1"], [], None, [], None)
+    assert find_frozen_backbone(Transfer(built, TransferConfig(), frozenset())) is None
+
+
+def test_features_of_a_backbone_with_a_state_or_in_float64_are_not_cached() -> None:
+    assert not backbone_is_deterministic(_Wrapped(), "net.1", torch.randn(2, 4)), "it counts its calls"
+    network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    assert backbone_is_deterministic(network, "1", torch.randn(2, 4))
+    assert not backbone_is_deterministic(network.double(), "1", torch.randn(2, 4).double())
+
+
 def _tiny_convnet() -> Any:
     from toolkit.recipe.schema import ConvBlock, ConvNetConfig
 

@@ -12,6 +12,7 @@ Importing this module does not import torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -26,7 +27,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points, packages_distributions, version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
 
 from toolkit.errors import UserError, first_line
 from toolkit.signatures import describe_argument
@@ -102,10 +103,11 @@ class Plugin:
         """
         taken = {name: value for name, value in provided.items() if self.takes(name)}
         try:
-            return self.factory(**arguments, **taken)
+            with _prints_to_stderr():
+                return self.factory(**arguments, **taken)
         except UserError:
             raise
-        except Exception as error:  # user code may raise any exception
+        except (Exception, SystemExit) as error:  # user code may raise any exception
             raise UserError(
                 f"the {self.kind} {self.name!r} failed: {type(error).__name__}: {first_line(error)}"
             ) from error
@@ -185,7 +187,10 @@ def use_modules(modules: list[str]) -> None:
     """
     listed = [*_listed(), *(_absolute(module) for module in modules)]
     if divided := next((name for name in listed if "," in name), None):
-        raise UserError(f"--plugin {divided}: {VARIABLE} separates modules by commas, so a path cannot contain one")
+        raise UserError(
+            f"--plugin {divided}: repeat the option for several modules. {VARIABLE} separates modules by commas, so a "
+            "path cannot contain one"
+        )
     os.environ[VARIABLE] = ",".join(dict.fromkeys(listed))
     _load_listed()
 
@@ -294,14 +299,18 @@ def _import(module: str) -> None:
         if not os.path.isfile(module):
             raise UserError(f"--plugin {module}: there is no such file")
         folder, name = os.path.dirname(module), Path(module).stem
+        if "." in name:
+            raise UserError(f"--plugin {module}: Python cannot import {name!r}; rename the file, without dots")
     if folder not in sys.path:
         sys.path.append(folder)
     _loading.append(os.path.basename(module))
     try:
-        imported = importlib.import_module(name)
-    except Exception as error:  # user code may raise any exception
+        with _prints_to_stderr():
+            imported = importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # user code may raise any exception
         raise UserError(
             f"the plugin module {module} cannot be imported: {type(error).__name__}: {first_line(error)}"
+            + _package_hint(module)
         ) from error
     finally:
         _loading.pop()
@@ -310,10 +319,28 @@ def _import(module: str) -> None:
         raise UserError(f"--plugin {module}: another module is named {name!r} ({found}); rename the file")
 
 
+def _prints_to_stderr() -> contextlib.redirect_stdout[TextIO]:
+    """Return a context in which user code prints to stderr: results on stdout must be readable with --json."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def _package_hint(module: str) -> str:
+    """Return the advice for a file of a package, whose relative imports work only under its full name."""
+    path = Path(module)
+    if not module.endswith(".py") or not (path.parent / "__init__.py").is_file():
+        return ""
+    names = [] if path.stem == "__init__" else [path.stem]
+    while (path.parent / "__init__.py").is_file():
+        path = path.parent
+        names.insert(0, path.name)
+    return f". It is part of a package: in the folder {path.parent}, use --plugin {'.'.join(names)}"
+
+
 def _load_entry(entry: EntryPoint) -> Callable[..., Any]:
     try:
-        factory: Callable[..., Any] = entry.load()
-    except Exception as error:  # the package's code may raise any exception
+        with _prints_to_stderr():
+            factory: Callable[..., Any] = entry.load()
+    except (Exception, SystemExit) as error:  # the package's code may raise any exception
         raise UserError(
             f"the plugin {entry.name!r}, {entry.value}, cannot be imported: {type(error).__name__}: {first_line(error)}"
         ) from error

@@ -15,7 +15,7 @@ from toolkit.models.transfer import Transfer
 
 
 def find_frozen_backbone(transfer: Transfer) -> str | None:
-    """Return the dotted name of the tail, or None if it is the whole model.
+    """Return the dotted name of the tail, or None if it is the whole model or has all of the model's parameters.
 
     The tail is the smallest submodule that contains all trainable parameters and all dropout and batch norm layers
     active in training. Whether its output is the model's output is checked by :func:`backbone_is_deterministic`.
@@ -25,6 +25,8 @@ def find_frozen_backbone(transfer: Transfer) -> str | None:
     owners = [name.rpartition(".")[0] for name in transfer.trainable]
     active = [name for name, layer in module.named_modules() if layer.training and _varies(layer)]
     tail = _common_prefix([*owners, *active])
+    if all(name.startswith(f"{tail}.") for name, _ in module.named_parameters()):
+        return None  # a module around all layers, such as self.net of a user's model: nothing before it is frozen
     return tail or None
 
 
@@ -47,10 +49,12 @@ def prefix_features(module: nn.Module, tail: str, x: Tensor) -> Tensor:
 def backbone_is_deterministic(module: nn.Module, tail: str, x: Tensor) -> bool:
     """Return whether ``tail`` on the backbone's features gives exactly ``module(x)``, in the modules' current modes.
 
-    Two passes through the backbone must also agree, which rules out randomness before the tail. Buffers and random
+    Two passes through the backbone must also agree and leave its buffers unchanged, which rules out randomness and a
+    state before the tail; and float32, as which features are kept, must hold the tail's input. Buffers and random
     states are restored.
     """
     end = module.get_submodule(tail)
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with _unchanged(module, x.device):
         try:
             torch.manual_seed(0)
@@ -59,12 +63,18 @@ def backbone_is_deterministic(module: nn.Module, tail: str, x: Tensor) -> bool:
             again = prefix_features(module, tail, x)
         except ValueError:
             return False
-        if not torch.equal(features, again):
+        if not torch.equal(features, again) or features.dtype not in _KEPT:
+            return False
+        if not all(torch.equal(buffer, buffers[name]) for name, buffer in module.named_buffers()):
             return False
         torch.manual_seed(2)
         short = end(features)
         torch.manual_seed(2)
         return torch.equal(short, module(x))
+
+
+_KEPT = (torch.float32, torch.bfloat16, torch.float16)
+"""Types whose values float32 holds exactly."""
 
 
 class _ReachedError(Exception):
