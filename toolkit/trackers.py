@@ -40,6 +40,8 @@ LEAVE_SECONDS = FINISH_SECONDS + 0.5
 UPLOAD_SECONDS = 300
 """Maximum number of seconds to wait for the upload of a finished run's results. The other processes wait in a barrier
 meanwhile, which NCCL ends after ten minutes. `toolkit sync` can upload the rest."""
+TENSORBOARD_SECONDS = 60
+"""Maximum number of seconds to wait until TensorBoard's files have a finished run's results."""
 BACKLOG = 100_000
 """Maximum number of lines queued for a slow tracker; about 50 MB."""
 
@@ -181,7 +183,7 @@ class Tracking:
         self.accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
         self.accelerator.trackers = []
         if "tensorboard" in self.names:
-            config = _scalars(config)
+            config = scalars(config)
         self.accelerator.init_trackers(recipe.tracking.project, config, {"wandb": wandb})
         if "wandb" in self.names:
             define_axes(self.accelerator.get_tracker("wandb", unwrap=True))
@@ -202,10 +204,11 @@ class Tracking:
                 thread.submit(lambda tracker: tracker.log(flat))
 
     def send_results(self, run: Run, is_stopped: Callable[[], bool]) -> None:
-        """Give W&B the results of a finished run, and wait for the upload until a stop is requested.
+        """Give TensorBoard and W&B the results of a finished run, and wait for the upload until a stop is requested.
 
-        Does nothing if W&B is offline without being asked to: `toolkit sync` creates them when it uploads the run.
+        W&B gets nothing if it is offline without being asked to: `toolkit sync` creates them when it uploads the run.
         """
+        self._log_to_tensorboard(run, is_stopped)
         thread = next((thread for thread in self.threads if thread.tracker.name == "wandb"), None)
         if thread is None or self.offline_reason:
             return
@@ -231,6 +234,25 @@ class Tracking:
                 is_abandoned.set()
                 self.log_message(f"W&B has not received everything; to upload the rest: toolkit sync {run.path}")
                 return
+
+    def _log_to_tensorboard(self, run: Run, is_stopped: Callable[[], bool]) -> None:
+        thread = next((thread for thread in self.threads if thread.tracker.name == "tensorboard"), None)
+        if thread is None or "results" not in run.recipe.tracking.upload:
+            return
+        is_done = threading.Event()
+
+        def log(tracker: Any) -> None:
+            from toolkit.tensorboard_results import log_results
+
+            try:
+                log_results(tracker.tracker, run)
+            finally:
+                is_done.set()
+
+        thread.submit(log)
+        deadline = time.monotonic() + TENSORBOARD_SECONDS
+        while not (is_done.wait(0.1) or thread.failed or is_stopped() or time.monotonic() > deadline):
+            pass
 
     def finish(self, exit_code: int) -> None:
         """Close the trackers with the run's exit status (0 done, 3 interrupted, else failed)."""
@@ -358,7 +380,7 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _scalars(config: dict[str, Any]) -> dict[str, Any]:
+def scalars(config: dict[str, Any]) -> dict[str, Any]:
     """Convert values to numbers and text, which TensorBoard's hparams accept."""
     return {key: v if isinstance(v, (int, float, str, bool)) else str(v) for key, v in config.items()}
 

@@ -121,8 +121,9 @@ class TrackingConfig(ConfigModel):
     )
     upload: list[Literal["results", "model"]] = Field(
         ["results"],
-        description="What W&B gets at the end of a run besides metrics. results, 1 to 10 MB: tables, charts, images, "
-        "report, console output, lists of the data set's images. model: the best weights, as a model artifact.",
+        description="What W&B and TensorBoard get at the end of a run besides metrics. results, on W&B 1 to 10 MB: "
+        "tables, charts, images, report, console output, lists of the data set's images. model (W&B only): the best "
+        "weights, as a model artifact.",
     )
     registry: Annotated[str, Field(pattern=REGISTRY)] | None = Field(
         None,
