@@ -70,8 +70,8 @@ def train(
     resume: Path | None = None,
     until: int | None = None,
     model: str = CONVNET,
-) -> tuple[Path, list[tuple[tuple[int, ...], int]]]:
-    """Train with out-of-memory errors above ``limits[rank]`` images; return the run and all batches.
+) -> tuple[Path, list[tuple[tuple[int, ...], int]], float]:
+    """Train with out-of-memory errors above ``limits[rank]`` images; return the run, all batches and a random number.
 
     ``limits``: None for a machine without a limit of memory, as most CPUs are. Of a batch: the number and the shape of
     its images, and the number of parameter tensors that are trained.
@@ -94,7 +94,7 @@ def train(
     text = RECIPE.format(root=root, model=model)
     with contextlib.redirect_stderr(io.StringIO()):
         run = fit(loads_recipe(text, settings), resume=resume, until=until)
-    return run.path, batches
+    return run.path, batches, torch.rand(()).item()
 
 
 def results(run: Run) -> tuple[bytes, bytes, str]:
@@ -122,8 +122,8 @@ def test_the_fewest_steps_that_fit_on_every_process_are_found_without_a_trace_an
 
 
 def test_on_a_cpu_without_a_limit_nothing_is_tried(tmp_path: Path) -> None:
-    auto, tried = launch(1, train, tmp_path, None, ("train.epochs=1",))[0]
-    given, trained = launch(1, train, tmp_path, None, ("train.epochs=1", "train.grad_accum_steps=1"))[0]
+    auto, tried, _ = launch(1, train, tmp_path, None, ("train.epochs=1",))[0]
+    given, trained, _ = launch(1, train, tmp_path, None, ("train.epochs=1", "train.grad_accum_steps=1"))[0]
     assert 'train.grad_accum_steps = "auto" is 1 (nothing to try on a CPU)' in open_run(auto).log_file.read_text()
     assert tried == trained
     assert results(open_run(auto)) == results(open_run(given))
@@ -138,17 +138,19 @@ def pretrained(folder: Path) -> str:
 
 def test_features_of_a_frozen_backbone_are_trained_as_with_the_number_given(tmp_path: Path) -> None:
     settings, model = ('transfer.mode="linear_probe"', "augment.mixup=0", "train.epochs=1"), pretrained(tmp_path)
-    auto, batches = launch(1, train, tmp_path, (4,), settings, None, None, model)[0]
-    given, _ = launch(1, train, tmp_path, None, (*settings, "train.grad_accum_steps=3"), None, None, model)[0]
+    auto, batches, drawn = launch(1, train, tmp_path, (4,), settings, None, None, model)[0]
+    given, _, expected = launch(1, train, tmp_path, None, (*settings, "train.grad_accum_steps=3"), None, None, model)[0]
     assert open_run(auto).summary["cached"] == open_run(given).summary["cached"] != []
     assert len(batches[0][0]) == 2, "a feature vector for each image"
+    assert len(batches) == 1 + 1 + 3 + 14, "numbers 1 and 2 fail at once; 3 takes a step, of which no trace is left"
+    assert drawn == expected
     assert results(open_run(auto)) == results(open_run(given))
 
 
 def test_the_largest_input_with_all_layer_groups_is_tried(tmp_path: Path) -> None:
     settings = ('transfer.mode="gradual"', "transfer.unfreeze_at=[3]", "train.epochs=4", "train.batch_size=10",
                 "data.image_size=48", "data.progressive_sizes=[32, 48]")  # fmt: skip
-    _, batches = launch(1, train, tmp_path, (5,), settings, None, None, pretrained(tmp_path))[0]
+    _, batches, _ = launch(1, train, tmp_path, (5,), settings, None, None, pretrained(tmp_path))[0]
     assert [shape for shape, _ in batches[:4]] == [(10, 3, 48, 48), (5, 3, 48, 48), (5, 3, 48, 48), (5, 3, 32, 32)]
     trained = [count for _, count in batches]
     assert trained[0] == trained[1] == trained[2] == trained[-1] > trained[3]
@@ -167,7 +169,7 @@ def test_if_one_process_has_too_little_memory_for_one_image_all_end_with_the_adv
 
 
 def test_a_resumed_run_on_fewer_processes_starts_from_its_own_number(tmp_path: Path) -> None:
-    path, _ = launch(2, train, tmp_path, (3, 3), (), None, 1)[0]
+    path, *_ = launch(2, train, tmp_path, (3, 3), (), None, 1)[0]
     launch(1, train, tmp_path, (3,), (), path)
     assert '"auto" is 4 (out of memory with 3)' in open_run(path).log_file.read_text()
     assert open_run(path).summary["grad_accum_steps"] == 4
