@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,9 +14,7 @@ import pytest
 import yaml
 from cli import toolkit
 from studies import GRID, write_study
-from test_train import wandb_records
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
-from wandb.sdk.lib.config_util import save_config_file_from_dict
+from wandb_server import logged_in_here
 
 from toolkit.errors import Interrupted
 from toolkit.recipe import load_recipe
@@ -144,29 +141,29 @@ def test_w_and_b_does_not_restart_a_run_that_its_sweep_stopped(monkeypatch: pyte
 
 
 @pytest.mark.long
-def test_the_agents_command_trains_with_its_values_as_a_run_of_the_sweep(tmp_path: Path) -> None:
+def test_wandbs_agent_trains_with_the_servers_values_as_a_run_of_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = sweep_of(tmp_path, RANDOM, "--set", "tracking.upload=[]")
     values = {"optimizer.lr": 1e-05, "optimizer.name": "adamw", "train.batch_size": 9, "train.drop_last": True}
-    assignment = {key: {"value": value} for key, value in values.items()}
-    # What wandb.wandb_agent.Agent._command_run does, which needs W&B's server.
-    inserted = {**create_sweep_command_args({"args": assignment}), "env": ["/usr/bin/env"]}
-    inserted |= {"interpreter": [sys.executable], "program": [sweep["program"]]}
-    command = []
-    for part in create_sweep_command(sweep["command"]):
-        command += inserted[part[2:-1]] if part.startswith("${") else [part]
-    save_config_file_from_dict(str(tmp_path / "values.yaml"), assignment)
-    agent = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "r1", "WANDB_SWEEP_PARAM_PATH": str(tmp_path / "values.yaml")}
-    done = subprocess.run(
-        command, env={**os.environ, **agent, "WANDB_MODE": "offline"}, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = {key: {"value": value} for key, value in values.items()}
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    with logged_in_here(monkeypatch) as server:
+        server.agent_commands = [{"type": "run", "run_id": "r1", "program": sweep["program"], "args": arguments}]
+        for command in (["sweep", "sweep.yaml"], ["agent", "--count", "1", "me/p/s1"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "wandb", *command], cwd=tmp_path, capture_output=True, text=True, timeout=200
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert yaml.safe_load(server.sweep) == sweep
+        (logged,) = server.runs.items()
 
-    run = Run(Path(done.stdout.splitlines()[-1]))
-    recipe = run.recipe
+    (path,) = (tmp_path / "runs" / "small-sweep").iterdir()
+    recipe = Run(path).recipe
     assert (recipe.optimizer.lr, recipe.optimizer.name, recipe.train.batch_size) == (1e-05, "adamw", 9)
-    records = list(wandb_records(run.path))
-    (started,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert (started.run_id, started.sweep_id) == ("r1", "s1")
-    assert {item.key: json.loads(item.value_json) for item in started.config.update if item.key in values} == values
-    logged = {item.key or "/".join(item.nested_key) for record in records for item in record.history.item}
-    assert sweep["metric"]["name"] in logged
+    assert recipe.train.drop_last
+    name, received = logged
+    assert (name, received.exit_code) == ("r1", 0)
+    metrics = [line[sweep["metric"]["name"]] for line in received.lines() if sweep["metric"]["name"] in line]
+    assert metrics == [record["val/accuracy"] for record in Run(path).epoch_records()]

@@ -53,6 +53,10 @@ class WandbServer(ThreadingHTTPServer):
         self.projects = ["toolkit"]
         self.views: dict[str, dict[str, Any]] = {}
         """Reports by id."""
+        self.sweep = ""
+        """Configuration of the last sweep, as YAML."""
+        self.agent_commands: list[dict[str, Any]] = []
+        """What the next heartbeat of a sweep's agent is answered with."""
         self.hanging: set[str] = set()
         self.refusing: set[str] = set()
         self.asked = 0
@@ -125,6 +129,17 @@ class WandbServer(ThreadingHTTPServer):
             case "RunHistoryKeys":
                 history = self.runs[name].history
                 return {"project": {"run": {"historyKeys": {"lastStep": history[-1]["_step"]} if history else None}}}
+            case "UpsertSweep":
+                self.sweep = variables["config"]
+                project = {"id": "p", "name": "p", "entity": {"id": "1", "name": "me"}}
+                return {"upsertSweep": {"sweep": {"name": "s1", "project": project}, "configValidationWarnings": []}}
+            case "SweepWithRuns":
+                return {"project": {"sweep": {"id": "1", "name": "s1", "config": self.sweep, "runs": {"edges": []}}}}
+            case "CreateAgent":
+                return {"createAgent": {"agent": {"id": "a1"}}}
+            case "Heartbeat":
+                commands, self.agent_commands = self.agent_commands, []
+                return {"agentHeartbeat": {"agent": {"id": "a1"}, "commands": json.dumps(commands)}}
             case "CreateRunFiles":
                 files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
                 return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
