@@ -29,6 +29,9 @@ ELSEWHERE = {
     r"toolkit submit (STUDY|recipes/studies/|search).*": (
         "test_slurm_arrays.py::test_a_resubmitted_array_trains_only_the_run_that_failed"
     ),
+    r"toolkit submit .*--to ray.*": (
+        "test_ray.py::test_after_a_lost_process_and_a_stop_request_the_results_are_those_of_an_uninterrupted_run"
+    ),
     r"toolkit (cancel|logs) .*": "test_slurm.py::test_status_logs_and_cancel_report_that_there_are_no_jobs",
     r"toolkit status runs/(digits-seeds|search)": "test_slurm.py::test_status_of_a_study_names_the_row_of_each_run",
     r"toolkit publish .*": "test_publish.py::test_with_a_login_everything_is_pushed",

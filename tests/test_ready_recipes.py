@@ -31,7 +31,8 @@ def test_the_list_has_every_recipe_with_its_kind_and_description() -> None:
         data = tomli.loads((ROOT / "recipes" / f"{entry['name']}.toml").read_text())
         assert entry["kind"] == ("study" if "study" in data else "recipe")
         assert entry["description"] in (data["recipe"]["description"], data.get("study", {}).get("description"))
-    assert listed["launch"] == [f"launch/{name}.yaml" for name in ("cpu", "gpu", "node", "nodes")]
+    assert listed["launch"] == [f"launch/{file.name}" for file in sorted((ROOT / "launch").iterdir())]
+    assert {"launch/cpu.yaml", "launch/skypilot.yaml", "launch/kubeflow_trainjob.yaml"} <= set(listed["launch"])
     text = toolkit("recipes").stdout
     assert [line.split()[0] for line in text.splitlines()] == [e["name"] for e in listed["recipes"]] + listed["launch"]
 

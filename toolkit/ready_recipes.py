@@ -54,7 +54,7 @@ def names() -> list[str]:
 
 
 def launch_files() -> list[str]:
-    """Return the names of the configuration files for ``accelerate launch``, such as ``launch/cpu.yaml``."""
+    """Return the names of the launch configurations (Accelerate, SkyPilot, Kubeflow), such as ``launch/cpu.yaml``."""
     return sorted(f"launch/{path.name}" for path in (FILES / "launch").glob("*.yaml"))
 
 

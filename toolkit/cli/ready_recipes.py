@@ -41,7 +41,7 @@ def recipes(
     """List, show or copy the ready-made recipes in the package.
 
     The recipes that a recipe extends are copied with it. Commands that take a recipe file also accept the name of a
-    ready-made recipe. Launch configurations for Accelerate are copied by name: toolkit recipes copy launch/cpu.yaml
+    ready-made recipe. Launch configurations are copied by name: toolkit recipes copy launch/cpu.yaml
 
     Example: toolkit recipes copy quickstart
     """

@@ -1,4 +1,4 @@
-"""The submit, status, logs and cancel commands: runs on a SLURM cluster. They do not import torch."""
+"""The submit, status, logs and cancel commands: runs on a SLURM or Ray cluster. They do not import torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, Overrides, RunPath, chosen_run
+from toolkit.cli.options import AsJson, Overrides, RunPath, chosen_run, load_recipe
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 
 if TYPE_CHECKING:
@@ -30,6 +30,18 @@ def submit(
         str, typer.Argument(metavar="RECIPE|STUDY", help="TOML file; one with a [study] table becomes a job array.")
     ],
     set_: Overrides = None,
+    to: Annotated[
+        Literal["slurm", "ray"],
+        typer.Option(metavar="CLUSTER", help="slurm, or ray: a Ray cluster, or Ray on this machine."),
+    ] = "slurm",
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Ray: processes. Default: one per GPU of the cluster, or one."),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Ray: run to resume, or auto: the newest unfinished one, or a new one."),
+    ] = None,
     parallel: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Study: concurrent runs. Default: all; for bohb, one.")
     ] = None,
@@ -50,19 +62,22 @@ def submit(
     account: Annotated[str | None, typer.Option(metavar="NAME", help="Account.")] = None,
     qos: Annotated[str | None, typer.Option(metavar="NAME", help="Quality of service.")] = None,
     constraint: Annotated[str | None, typer.Option(metavar="FEATURES", help="Required node features.")] = None,
-    max_restarts: Annotated[int | None, typer.Option(metavar="N", help="Maximum number of requeues.")] = None,
+    max_restarts: Annotated[
+        int | None, typer.Option(metavar="N", help="Maximum number of requeues; Ray: of restarts.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; submit and write nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the log until the job has ended.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Train a recipe, or all runs of a study, on a SLURM cluster.
+    """Train a recipe, or all runs of a study, on a SLURM cluster; or a recipe on a Ray cluster.
 
     A recipe becomes one job; a study becomes a job array and a final job that writes its table and report.
 
     Example: toolkit submit recipes/resnet50_caltech.toml --nodes 2 --gpus-per-node 4 --time 4:00:00 --profile lab
 
     A job that reaches its time limit, is preempted or loses a node is requeued and resumes. Submitting a study again
-    continues its unfinished runs.
+    continues its unfinished runs. With --to ray the command waits for the end, and prints the results; exit statuses
+    are those of toolkit train.
     """
     requested = {
         "profile": profile, "nodes": nodes, "gpus_per_node": gpus_per_node, "gpu_type": gpu_type,
@@ -74,6 +89,12 @@ def submit(
 
     options = [f"slurm.{key}={toml_value(value)}" for key, value in requested.items() if value is not None]
     overrides = [*(set_ or []), *options]
+    if to == "ray":
+        for_slurm = {**requested, "parallel": parallel, "yes": yes or None, "dry_run": dry_run or None}
+        _refuse_options(for_slurm, {"max_restarts"}, "SLURM; leave it out with --to ray")
+        _train_with_ray(recipe, overrides, processes, resume, as_json=as_json)
+        return EXIT_OK
+    _refuse_options({"processes": processes, "resume": resume}, set(), "--to ray")
     if is_study(recipe, overrides):
         done = _submit_study(recipe, overrides, parallel, yes=yes, dry_run=dry_run)
     elif parallel is not None:
@@ -84,6 +105,27 @@ def submit(
         return EXIT_OK
     _show_submission(done, as_json=as_json)
     return _wait(done) if wait else EXIT_OK
+
+
+def _refuse_options(given: dict[str, Any], allowed: set[str], cluster: str) -> None:
+    for key, value in given.items():
+        if value is not None and key not in allowed:
+            raise UserError(f"--{key.replace('_', '-')} is for {cluster}")
+
+
+def _train_with_ray(
+    path: str, overrides: list[str], processes: int | None, resume: str | None, *, as_json: bool
+) -> None:
+    from toolkit import ray_trainer
+    from toolkit.cli.train import report_at_end, show_outcome
+
+    loaded = load_recipe(path, overrides)
+    if loaded.recipe.study is not None:
+        raise UserError(f"{path} is a study of many runs, which --to ray does not train: toolkit study {path}")
+    run_to_resume = resume if resume in (None, "auto") else str(chosen_run(resume))
+    run = ray_trainer.train(loaded.recipe, loaded.origins_dict(path), processes=processes, resume=run_to_resume)
+    report_at_end(run)
+    show_outcome(run, as_json=as_json)
 
 
 def _submit_run(path: str, overrides: list[str], *, dry_run: bool) -> SubmitResult | None:
