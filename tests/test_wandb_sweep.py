@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -116,6 +117,12 @@ def test_other_mistakes_are_reported_before_anything_is_written(tmp_path: Path) 
     sweep_of(tmp_path, RANDOM)
     again = toolkit("sweep", str(tmp_path / "study.toml"), "-o", str(tmp_path / "sweep.yaml"))
     assert "sweep.yaml exists already" in again.stderr
+
+
+def test_the_paths_and_the_next_command_are_printed_as_json(tmp_path: Path) -> None:
+    files = {"sweep": str(tmp_path / "sweep.yaml"), "recipe": str(tmp_path / "sweep.toml")}
+    outcome = toolkit("sweep", str(write_study(tmp_path, GRID)), "-o", files["sweep"], "--json")
+    assert json.loads(outcome.stdout) == {**files, "next": f"wandb sweep {files['sweep']}"}
 
 
 def test_set_takes_a_json_object(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import Overrides
+from toolkit.cli.options import AsJson, Overrides
 from toolkit.cli.study import StudyPath
 from toolkit.errors import UserError
 
@@ -26,6 +27,7 @@ def sweep(
         int | None, typer.Option(min=1, metavar="N", help="Processes of each run. Default: study.gpus_per_run.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a study as a W&B sweep, for W&B's own search.
 
@@ -51,5 +53,9 @@ def sweep(
         raise UserError(f"{out} cannot be written: there is no folder {out.parent}; choose another file with -o")
     write_atomically(recipe, sweep_recipe(found).encode())
     write_atomically(out, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
-    print(f"wrote {out} and {recipe}")
-    print(f"next: wandb sweep {shlex.quote(str(out))}, which prints the command that starts an agent in this folder")
+    next_command = f"wandb sweep {shlex.quote(str(out))}"
+    if as_json:
+        print(json.dumps({"sweep": str(out), "recipe": str(recipe), "next": next_command}, indent=2))
+    else:
+        print(f"wrote {out} and {recipe}")
+        print(f"next: {next_command}, which prints the command that starts an agent in this folder")
