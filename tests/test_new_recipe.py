@@ -525,6 +525,13 @@ def test_columns_can_be_given_and_only_clear_ones_are_guessed(tmp_path: Path) ->
     assert columns.weight is None, "it may be a patient's"
 
 
+def test_a_table_without_column_names_is_refused(tmp_path: Path) -> None:
+    rows = [f"all/{path.name},{'ab'[i % 2]}" for i, path in enumerate(write_images(tmp_path / "all", 4))]
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    with pytest.raises(UserError, match="has no column names: its first row holds the image all/"):
+        recipe_for(tmp_path / "table.csv")
+
+
 def test_shards_and_saved_data_sets_are_recognized(tmp_path: Path) -> None:
     from toolkit.new_recipe.source import find_source
 

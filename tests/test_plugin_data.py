@@ -21,12 +21,15 @@ from trainers import RECIPE as SMALL
 from trainers import Trainers, at_call, kill_self
 
 from toolkit import plugins
+from toolkit.augment.transforms import build_transform, try_transform
 from toolkit.data.dataset_report import analyze_dataset
 from toolkit.data.datasets import open_dataset
-from toolkit.data.image_sources import UnreadableImageError
+from toolkit.data.image_sources import InMemoryImages, UnreadableImageError
+from toolkit.data.preprocessing import Preprocessing
+from toolkit.data.shard_pack import pack
 from toolkit.errors import UserError
 from toolkit.recipe import RecipeError, loads_recipe
-from toolkit.recipe.schema import DataConfig, Recipe
+from toolkit.recipe.schema import AugmentConfig, DataConfig, Recipe, TransformConfig
 from toolkit.runs import Run, open_run
 from toolkit.training.fit import fit
 from toolkit.training.train_step import TrainStep
@@ -167,6 +170,54 @@ def test_what_is_not_a_data_set_of_labeled_images_is_explained(fault: str, regis
     with pytest.raises(UserError) as caught:
         opened(register, found)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("attribute", ["targets", "names", "groups", "weights"])
+def test_attributes_have_one_value_per_image(attribute: str, register: Callable[..., None]) -> None:
+    class Short(Shapes):
+        def __len__(self) -> int:
+            return 90
+
+    with pytest.raises(UserError, match=f"the data set 'mine' has 90 images, but 2 {attribute}"):
+        opened(register, Short(**{attribute: [0, 1]}))
+
+
+def test_an_item_that_is_tried_may_fail_if_it_is_left_out(register: Callable[..., None]) -> None:
+    class Failing(Shapes):
+        def __getitem__(self, i: int) -> tuple[Any, Any]:
+            if i == 0:
+                raise ValueError("lost")
+            return super().__getitem__(i)
+
+    with pytest.raises(UserError, match="the data set 'mine' fails at train/0: ValueError: lost"):
+        opened(register, Failing())
+    assert len(opened(register, Failing(), on_bad_image="skip").images) == 90
+
+
+def test_packed_items_are_those_of_the_data_set(register: Callable[..., None], tmp_path: Path) -> None:
+    plain = opened(register, Shapes())
+    pack(DataConfig(dataset="plugin", name="mine"), tmp_path / "shards", 2**20, lambda line: None)
+    packed = open_dataset(DataConfig(dataset="shards", root=str(tmp_path / "shards")))
+    assert packed.labels.tolist() == plain.labels.tolist()
+    assert all(np.array_equal(packed.images.load(i), plain.images.load(i)) for i in range(90))
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda image: None, "augment.train: plugin:own must return an image, not NoneType"),
+        (lambda image: image.convert("RGBA"), "augment.train makes images with 4 channels, but the model takes 1"),
+    ],
+)
+def test_a_transform_must_return_an_image_for_the_model(
+    transform: Callable[..., Any], message: str, register: Callable[..., None]
+) -> None:
+    register("transform", "own", lambda: transform)
+    augment = AugmentConfig(train=[TransformConfig(name="plugin:own")])
+    preprocessing = Preprocessing(1, (16, 16), None, False, "bilinear", (0.5,), (0.5,))
+    images = InMemoryImages(np.zeros((1, 16, 16), np.uint8), "own", 1)
+    with pytest.raises(UserError, match=message):
+        try_transform(build_transform("train", augment, preprocessing), images, 0)
 
 
 def test_an_item_that_fails_is_named(register: Callable[..., None]) -> None:

@@ -11,7 +11,8 @@ from cli import toolkit
 from plugin_modules import WriteModule, write_module
 
 from toolkit import plugins
-from toolkit.errors import UserError
+from toolkit.error_handling import run_with_error_handling
+from toolkit.errors import EXIT_FAILURE, UserError
 from toolkit.recipe import RecipeError, load_recipe, loads_recipe
 from toolkit.recipe.resolve import resolved_toml
 
@@ -222,6 +223,7 @@ def test_what_plugins_print_is_not_in_the_results(
 def test_a_factory_that_exits_is_an_error() -> None:
     with pytest.raises(UserError, match="the metric 'own' failed: SystemExit: 0"):
         plugins.Plugin("metric", "own", lambda: sys.exit(0)).build({})
+    assert run_with_error_handling(lambda: sys.exit(0)) == EXIT_FAILURE, "not the status of the user's code"
 
 
 def test_two_files_cannot_register_the_same_name(write_module: WriteModule) -> None:

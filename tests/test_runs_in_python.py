@@ -144,6 +144,12 @@ def test_wrong_input_is_one_message(run: Run, images: Any, top_k: int | None, me
         run.predict(images, top_k=top_k)
 
 
+@pytest.mark.parametrize(("name", "value", "least"), [("batch_size", 0, 1), ("batch_size", -1, 1), ("workers", -1, 0)])
+def test_impossible_settings_are_one_message(run: Run, name: str, value: int, least: int) -> None:
+    with pytest.raises(UserError, match=f"{name} is {value}: it must be at least {least}"):
+        run.predict("nowhere.png", **{name: value})  # type: ignore[arg-type]
+
+
 def test_predicting_leaves_the_model_as_it_was_loaded(run: Run) -> None:
     opened = open_run(run.path)
     inputs = torch.rand(2, 3, 16, 16)

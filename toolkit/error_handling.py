@@ -43,6 +43,9 @@ def run_with_error_handling(work: Callable[[], int | None], *, debug: bool = Fal
         return error.exit_status
     except BrokenPipeError:
         raise  # the reader of stdout (head, less) has exited: typer ends the command quietly
+    except SystemExit:  # of a user's own code: its status must not pass for that of the command
+        print_error_once(traceback.format_exc())
+        return EXIT_FAILURE
     except Exception as error:
         print_error_once(environment_error_message(error) or traceback.format_exc())
         return EXIT_FAILURE

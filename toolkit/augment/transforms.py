@@ -27,6 +27,7 @@ from toolkit.augment.steps import Step, policy_step, recipe_step, torchvision_st
 from toolkit.data.image_sources import MODES, ImageSource, Pixels, as_image, as_pixels
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
+from toolkit.formatting import plural
 from toolkit.plugins import PREFIX
 from toolkit.recipe.gpu_support import is_random
 from toolkit.recipe.image_size import as_size, as_value, size_text
@@ -46,7 +47,7 @@ class ImageTransform:
         self, split: str, steps: Sequence[Step], preprocessing: Preprocessing, base: int = 0, cropped: int = 0
     ) -> None:
         self.split, self.steps = split, tuple(steps)
-        self.size = preprocessing.image_size
+        self.size, self.channels = preprocessing.image_size, preprocessing.channels
         self.fixed = tuple(step.fixed for step in takewhile(lambda step: step.fixed, steps) if step.fixed)
         """Descriptions of the leading deterministic steps."""
         self.base = min(len(self.fixed), base)
@@ -190,7 +191,17 @@ def try_transform(transform: ImageTransform, images: ImageSource, index: int) ->
                     f"augment.{transform.split}: {step.name} fails on {images.name(index)} "
                     f"({pixels.shape[1]} x {pixels.shape[0]} pixels): {error}"
                 ) from error
-        return transform(pixels)
+            if not isinstance(result, np.ndarray | Image.Image | Tensor):
+                raise UserError(
+                    f"augment.{transform.split}: {step.name} must return an image, not {type(result).__name__}"
+                )
+        made = transform(pixels)
+    if len(made) != transform.channels:
+        raise UserError(
+            f"augment.{transform.split} makes images with {plural(len(made), 'channel')}, but the model takes "
+            f"{transform.channels}: see data.channels"
+        )
+    return made
 
 
 @contextmanager

@@ -98,8 +98,9 @@ def open_plugin_dataset(config: DataConfig) -> Dataset:
     """
     plugin = plugins.find("dataset", str(config.name))
     parts = _splits(plugin.build(config.args), plugin.name, config)
+    _check_attributes(parts, plugin.name)
     source = PluginImages(parts, int(json_hash([plugin.record, config.args, _shared(parts, "version")])[:15], 16))
-    _check_items(source, plugin.name)
+    _check_items(source, plugin.name, skip=config.on_bad_image == "skip")
     labels = {split: _labels(part, plugin.name) for split, part in parts.items()}
     classes = config.class_names or _shared(parts, "classes")
     if classes is None and isinstance(first := next(iter(labels["train"]), None), np.ndarray):
@@ -148,6 +149,15 @@ def _splits(found: Any, name: str, config: DataConfig) -> dict[str, Any]:
     return {split: parts[split] for split in used if split in parts}
 
 
+def _check_attributes(parts: dict[str, Any], name: str) -> None:
+    """Raise UserError unless each attribute with one value per image has as many values as there are images."""
+    for part in parts.values():
+        for attribute in ("targets", "names", "groups", "weights"):
+            values = getattr(part, attribute, None)
+            if values is not None and len(values) != len(part):
+                raise UserError(f"the data set {name!r} has {len(part)} images, but {len(values)} {attribute}")
+
+
 def _shared(parts: dict[str, Any], name: str) -> Any:
     """Return an attribute of the training split; None if it has none."""
     return getattr(parts["train"], name, None)
@@ -156,8 +166,6 @@ def _shared(parts: dict[str, Any], name: str) -> Any:
 def _labels(part: Any, name: str) -> Sequence[Any]:
     """Return the label of each item, an array of 0 and 1 as a NumPy array; without ``targets``, all items are read."""
     targets = getattr(part, "targets", None)
-    if targets is not None and len(targets) != len(part):
-        raise UserError(f"the data set {name!r} has {len(part)} images, but {len(targets)} targets")
     found = (_item(part, i)[1] for i in range(len(part))) if targets is None else targets
     try:
         return [_plain(label) for label in found]
@@ -214,15 +222,22 @@ def _as_array(image: Any) -> npt.NDArray[Any]:
     raise TypeError(f"a {type(image).__name__} is not an image: a Pillow image, an array or a tensor is needed")
 
 
-def _check_items(source: PluginImages, name: str) -> None:
-    """Raise UserError if some images cannot be read, or differ when they are read again."""
+def _check_items(source: PluginImages, name: str, *, skip: bool) -> None:
+    """Raise UserError if some images cannot be read (``skip``: all of them), or differ when they are read again."""
     if len(source) == 0:
         raise UserError(f"the data set {name!r} has no images")
     indices = range(0, len(source), -(-len(source) // TRIED))
-    try:
-        changed = [i for i in indices if read_bytes(source, i) != read_bytes(source, i)]
-    except Exception as error:  # the user's own code may raise anything
-        raise UserError(f"the data set {name!r} fails: {type(error).__name__}: {first_line(error)}") from error
+    changed, failed = [], 0
+    for i in indices:
+        try:
+            if read_bytes(source, i) != read_bytes(source, i):
+                changed.append(i)
+        except Exception as error:  # the user's own code may raise anything
+            failed += 1
+            if not skip or failed == len(indices):
+                raise UserError(
+                    f"the data set {name!r} fails at {source.name(i)}: {type(error).__name__}: {first_line(error)}"
+                ) from error
     if changed:
         raise UserError(
             f"the data set {name!r} gives another image when {source.name(changed[0])} is read again, so that runs "

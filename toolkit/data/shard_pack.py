@@ -18,6 +18,7 @@ import numpy as np
 from filelock import Timeout
 from PIL import Image
 
+from toolkit.data.array_images import NUMPY
 from toolkit.data.datasets import Dataset, open_dataset
 from toolkit.data.encoded_sources import PackedStrings, read_bytes
 from toolkit.data.folder_walk import IMAGE_SUFFIXES
@@ -146,6 +147,8 @@ def _encoded(dataset: Dataset, indices: IntArray) -> Iterator[bytes]:
 
 def _suffix(name: str, data: bytes) -> str:
     """Return the suffix of an image, such as ".jpg", from its name or else from its content."""
+    if data.startswith(NUMPY):
+        return ".npy"  # an item of a data set of the user's own, whatever its name is
     suffix = os.path.splitext(name)[1].lower()
     if suffix in IMAGE_SUFFIXES:
         return suffix

@@ -95,8 +95,9 @@ def predict_images(
     workers: int | None,
 ) -> list[Prediction]:
     """Predict images with a run's best model; see :meth:`toolkit.runs.Run.predict`. Collective."""
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k}: it must be at least 1")
+    for name, value, least in (("top_k", top_k, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}: it must be at least {least}")
     items = list(_expanded(images))
     if not items:
         raise UserError("no images given: specify paths, folders, PIL images or uint8 arrays [h, w, C]")

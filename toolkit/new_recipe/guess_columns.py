@@ -52,6 +52,8 @@ def guess_columns(table: Table, given: Mapping[str, Any], root: str | None = Non
     if not rows:
         raise UserError(f"{table.path} has no rows below the column names")
     values = {name: [row[i] for row in rows] for i, name in enumerate(table.columns)}
+    if path := next((name for name in table.columns if _is_image(name)), None):
+        raise UserError(f"{table.path} has no column names: its first row holds the image {path}; add a row above it")
     image = given.get("image") or _image_column(table, values)
     rest = {name: found for name, found in values.items() if name not in (image, *map(str, given.values()))}
     columns: dict[str, Any] = {**given, "image": image}
