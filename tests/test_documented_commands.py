@@ -85,6 +85,9 @@ ELSEWHERE = {
     r"toolkit study dropout\.toml --set study.max_runs.*": (
         "test_study_running.py::test_more_runs_than_the_limit_need_the_yes_option"
     ),
+    r"toolkit sweep .*": (
+        "test_wandb_sweep.py::test_wandbs_agent_trains_with_the_servers_values_as_a_run_of_the_sweep"
+    ),
     r"toolkit table runs/\S+ runs/\S+": (
         "test_study_claims.py::test_agreement_over_several_studies_is_that_of_all_their_rows"
     ),
