@@ -343,6 +343,7 @@ def test_a_run_writes_its_report_at_the_end(tmp_path: Path, monkeypatch: pytest.
     assert outcome.status == 0, outcome.stderr
     run = Run(Path(outcome.stdout.splitlines()[-1]))
     assert run.report_file.exists()
+    assert f"report: {run.report_file}" in outcome.stderr.splitlines()
 
     def fail(*arguments: Any, **named: Any) -> None:
         raise RuntimeError("a fault of ours\nwith details")

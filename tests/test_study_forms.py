@@ -413,6 +413,10 @@ MISTAKES = {
         "[study.grid]\noptimizer.lr = { values = [0.1], if = 3 }\n",
         "takes values and when, not if",
     ),
+    "setting of a row without set": (
+        '[study]\nseeds = 1\n[[study.rows]]\nname = "a"\noptimizer.lr = 0.1\n',
+        "hint: to change keys of [optimizer] in study.rows[0]: set.optimizer",
+    ),
     "combination that cannot be": (
         '[study.grid]\noptimizer.name = ["sgd", "adamw"]\noptimizer.momentum = [0.5, 0.9]\n',
         "optimizer.momentum",

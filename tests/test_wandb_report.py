@@ -155,6 +155,7 @@ def test_a_report_without_a_login_is_one_message(study: StudyDirectory) -> None:
     assert outcome.status == 2
     assert outcome.stderr.splitlines()[-1].startswith("no W&B report: there is no W&B login. Log in with: wandb login")
     assert "Traceback" not in outcome.stderr
+    assert not (study.path / "report.html").exists(), "refused before anything is drawn"
 
 
 def test_a_report_without_a_server_is_one_message(study: StudyDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

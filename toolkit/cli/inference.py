@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from toolkit.cli.errors import command
 from toolkit.cli.options import AsJson, DataRoot, ModelPath, RunPath
 from toolkit.error_handling import is_first_process
-from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
+from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError, missing_package
 from toolkit.filenames import escape_control_characters
 from toolkit.similar_names import did_you_mean
 
@@ -262,9 +263,9 @@ def explain(
     """
     if paths and worst is not None:
         raise UserError("give either images or --worst, not both")
-    from toolkit.inference.explain import explain_run, require_captum
-
-    require_captum()
+    if importlib.util.find_spec("captum") is None:  # before torch is imported
+        raise missing_package("toolkit explain", "captum", "explain")
+    from toolkit.inference.explain import explain_run
     from toolkit.training.trained_model import load_model
 
     trained = load_model(run)

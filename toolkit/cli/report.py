@@ -42,6 +42,10 @@ def report(
     Example: toolkit report runs/quickstart/20260102-030405-abcd
     """
     numbers = _numbers(filters)
+    if wandb:
+        from toolkit.report.wandb_report import open_library
+
+        open_library()  # raises now, not after the figures were drawn
     if _is_study(path):
         if filters is not None:
             raise UserError("--filters is for runs: specify one of the study's run directories")

@@ -106,6 +106,7 @@ def report_at_end(run: Run) -> None:
         written = write_report(run, log=lambda line: print(line, file=sys.stderr))
         for line in written.missing:
             print(f"not shown in the report: {line}", file=sys.stderr)
+        print(f"report: {run.report_file}", file=sys.stderr)
     except (Exception, KeyboardInterrupt) as error:
         print(f"warning: no report ({first_line(error)}); to try again: toolkit report {run.path}", file=sys.stderr)
 

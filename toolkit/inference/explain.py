@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from toolkit.data.image_sources import Pixels, UnreadableImageError
 from toolkit.data.preprocessing import image_area
-from toolkit.errors import UserError, first_line, missing_package
+from toolkit.errors import UserError, first_line
 from toolkit.inference.evaluate import split_images
 from toolkit.reading import UnreadableFile
 from toolkit.recipe.image_size import Size
@@ -105,12 +104,6 @@ class CamLayer:
         if self.kind == "channels_last":
             return maps.permute(0, 2, 3, 1)
         return torch.cat([output[:, : self.prefix], maps.flatten(2).transpose(1, 2)], 1)
-
-
-def require_captum() -> None:
-    """Raise UserError if captum is not installed."""
-    if importlib.util.find_spec("captum") is None:
-        raise missing_package("toolkit explain", "captum", "explain")
 
 
 # -- images -----------------------------------------------------------------------------------------------------------

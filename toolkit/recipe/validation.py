@@ -192,6 +192,8 @@ def _unknown_hint(key: _Key) -> str:
     name, similar = str(key.path[-1]), _similar(key)
     if (new := renamed_key(key.path)) is not None:
         return f"renamed to {dotted((*key.path[:-1], new))}"
+    if "set" in key.table.model_fields and name in Recipe.model_fields:
+        return f"to change keys of [{name}] in {_table(key.path[:-1])}: set.{name}"
     if similar:
         return f"did you mean {' or '.join(similar)}?"
     if tables := _tables_with(name):
