@@ -25,6 +25,10 @@ ELSEWHERE = {
     r"toolkit train (flowers|DATA|digits\.toml|digits_png|caltech101)": (
         "test_train_data.py::test_a_folder_is_trained_and_its_recipe_kept"
     ),
+    r"toolkit (train photos\.toml.*|predict runs/photos .*|study learning-rates\.toml)": (
+        "test_tutorial.py::test_the_commands_work_in_an_empty_folder"
+    ),
+    r"toolkit (table|report) runs/learning-rates": "test_study_table.py::test_",
     r"toolkit submit .*": "test_slurm_cluster.py::test_a_run_on_two_nodes_equals_a_run_in_one_process",
     r"toolkit submit (STUDY|recipes/studies/|search).*": (
         "test_slurm_arrays.py::test_a_resubmitted_array_trains_only_the_run_that_failed"
