@@ -12,8 +12,6 @@ from cli import toolkit
 from PIL import Image
 from sklearn.datasets import load_digits
 
-pytestmark = pytest.mark.long
-
 PAGE = (Path(__file__).parent.parent / "docs" / "tutorial.md").read_text()
 
 
@@ -30,6 +28,7 @@ def test_a_page_to_share_takes_at_most_six_commands() -> None:
     assert len(first_hour) <= 6
 
 
+@pytest.mark.extended
 def test_the_commands_work_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     digits = load_digits()
