@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,9 @@ def test_the_command_prints_a_table_and_the_setting_and_writes_into_the_folder_g
     assert [row["step"] for row in rows] == [str(number) for number in range(1, 31)]
     assert float(rows[-1]["lr"]) == pytest.approx(1)
     (setting,) = [line for line in lines if line.startswith("to use it: ")]
-    assert setting.startswith(f"to use it: toolkit train {QUICKSTART} --set optimizer.lr=")
+    assert setting.startswith(
+        f"to use it: {shlex.join(['toolkit', 'train', str(QUICKSTART), *changes])} --set optimizer.lr="
+    )
     assert 1e-7 < float(setting.partition("lr=")[2]) < 1
 
 

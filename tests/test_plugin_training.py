@@ -239,6 +239,13 @@ def test_objects_that_contradict_the_recipe_are_refused_before_training(
         fit(small(tmp_path), loss=lambda: None, quiet=True)
     with pytest.raises(RecipeError, match='source "plugin" has no pretrained weights'):
         fit(small(tmp_path, 'model.weights="DEFAULT"'), model=own_resnet, quiet=True)
+    for given, message in (
+        ({"model": "resnet18"}, r"fit\(model='resnet18'\): give a function or class"),
+        ({"metrics": own_resnet}, r"fit\(metrics=.*\): give a list"),
+        ({"callbacks": own_resnet}, r"fit\(callbacks=.*\): give a list"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit(small(tmp_path), quiet=True, **given)  # type: ignore[arg-type]
     assert not (tmp_path / "runs").exists()
 
 

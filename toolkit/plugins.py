@@ -180,12 +180,12 @@ def add(plugin: Plugin, *, replace: bool = False) -> None:
     _registered[plugin.kind, plugin.name] = plugin
 
 
-def use_modules(modules: list[str]) -> None:
+def use_modules(named: list[str]) -> None:
     """Load modules, and record them in the environment for the processes that this one starts.
 
     Each is an importable name, or the path of a Python file. Raises UserError.
     """
-    listed = [*_listed(), *(_absolute(module) for module in modules)]
+    listed = [*modules(), *(_absolute(module) for module in named)]
     if divided := next((name for name in listed if "," in name), None):
         raise UserError(
             f"--plugin {divided}: repeat the option for several modules. {VARIABLE} separates modules by commas, so a "
@@ -276,7 +276,8 @@ def _entries(kind: str) -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=f"toolkit.{kind}s")}
 
 
-def _listed() -> list[str]:
+def modules() -> list[str]:
+    """Return the modules of --plugin and :data:`VARIABLE`."""
     return [name for name in os.environ.get(VARIABLE, "").split(",") if name]
 
 
@@ -286,7 +287,7 @@ def _absolute(module: str) -> str:
 
 
 def _load_listed() -> None:
-    for module in _listed():
+    for module in modules():
         if module not in _loaded:
             _loaded.add(module)
             _import(module)

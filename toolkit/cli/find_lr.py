@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +14,7 @@ import typer
 from toolkit.cli.errors import command
 from toolkit.cli.options import AsJson, Overrides, RecipePath, load_recipe
 from toolkit.errors import UserError
+from toolkit.plugins import modules
 
 
 @command
@@ -47,6 +50,8 @@ def find_lr(
     if as_json:
         print(json.dumps({**result.to_json(), "files": [str(file) for file in files]}, indent=2))
     else:
-        print(lr_finder.range_test_text(result, loaded.recipe, f"toolkit train {recipe}"))
+        options = [*(("--plugin", name) for name in modules()), *(("--set", text) for text in set_ or ())]
+        command = shlex.join(["toolkit", "train", str(recipe), *itertools.chain(*options)])
+        print(lr_finder.range_test_text(result, loaded.recipe, command))
         for file in files:
             print(file)

@@ -93,6 +93,8 @@ def fit(
         "optimizer": optimizer, "schedule": schedule,
     }  # fmt: skip
     recipe = recipe_with(recipe, given)
+    if not isinstance(callbacks, list | tuple):
+        raise UserError(f"fit(callbacks={callbacks!r}): give a list")
     check_accelerate_launch(recipe.train)  # the command has done this, but not a program that calls fit
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(GracefulStop())

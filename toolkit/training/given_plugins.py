@@ -36,6 +36,9 @@ def recipe_with(recipe: Recipe | str | os.PathLike[str], given: dict[str, Any]) 
     Transforms and metrics are sequences of objects; None: none of a kind. Arguments in the recipe (or its file) are
     kept if it already names the object, and removed otherwise. Raises RecipeError if the result is not a valid recipe.
     """
+    for kind, objects in given.items():
+        if kind in ("transform", "metric") and not isinstance(objects, list | tuple | None):
+            raise UserError(f"fit({kind}s={objects!r}): give a list")
     lists = {kind: one if kind in ("transform", "metric") else [one] for kind, one in given.items() if one is not None}
     has_objects = any(len(objects) for objects in lists.values())
     if not isinstance(recipe, Recipe):
@@ -65,6 +68,8 @@ def _registered(kind: str, given: Any) -> Plugin:
     if not name.isidentifier():
         raise UserError(f"fit({kind}={name}): give a function or class with a name, or register it under one")
     is_value = kind == "dataset" and not callable(given)
+    if not is_value and not callable(given):
+        raise UserError(f"fit({kind}={given!r}): give a function or class; built-in names belong in the recipe")
     code = next(iter(given.values()), None) if is_value and isinstance(given, dict) else given
     plugin = Plugin(kind, name, (lambda: given) if is_value else as_factory(given), code=code)
     add(plugin, replace=True)
