@@ -62,7 +62,7 @@ class Submission:
             self.process.kill()
 
 
-@pytest.mark.long
+@pytest.mark.extended
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_installed")
 def test_after_a_lost_process_and_a_stop_request_the_results_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:

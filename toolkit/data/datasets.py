@@ -101,22 +101,22 @@ def open_dataset(table: DataConfig, *, for_training: bool = True) -> Dataset:
                 "single class, or are the images not sorted into classes?"
             )
         raise UserError(f"{where} has {found}; a classifier needs two or more classes{hint}")
-    _check_distinct(dataset.classes, where)
     if for_training and not len(dataset.lists["train"]):
         raise UserError(f"{where} has no training images: no row has the split train")
     classes = [encode_name(name) for name in dataset.classes]
-    return replace(dataset, classes=classes, notes=tuple(map(escape_control_characters, dataset.notes)))
+    notes = (*dataset.notes, *_same_names(dataset.classes, where))
+    return replace(dataset, classes=classes, notes=tuple(map(escape_control_characters, notes)))
 
 
-def _check_distinct(classes: Sequence[str], where: str) -> None:
-    """Raise UserError if two class names are the same text, written with different Unicode characters."""
+def _same_names(classes: Sequence[str], where: str) -> Iterator[str]:
+    """Yield a warning for two class names that are the same text, written with different Unicode characters."""
     known: dict[str, str] = {}
     for name in (name for name in classes if not name.isascii()):
         other = known.setdefault(unicodedata.normalize("NFC", name), name)
         if other != name:
-            raise UserError(
-                f"{where} has two classes whose names look the same but consist of different Unicode characters, "
-                f"{other!a} and {name!a}: write both in the same form, such as NFC"
+            yield (
+                f"warning: {where} has two classes whose names look the same but consist of different Unicode "
+                f"characters, {other!a} and {name!a}; if they are one class, write both in the same form, such as NFC"
             )
 
 
