@@ -159,6 +159,7 @@ FAULTY = {
     "a regression": (Shapes(targets=[0.5] * 9), "9 rows of mine cannot be used: row 0: the label 0.5 is not a name"),
     "a class without a name": (Shapes(classes=SHAPES[:2]), "the label '2' is not in data.class_names"),
     "too few targets": (SimpleNamespace(targets=[0]), "without __len__"),
+    "a name of two images": (Shapes(names=["a"] * 90), "has more than one image named 'a'"),
     "no images": (Shapes(0), "the data set 'mine' has no images"),
     "one class": (Shapes(targets=[1] * 9), "mine has only the class '1'; a classifier needs two or more classes"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -150,7 +151,10 @@ def _splits(found: Any, name: str, config: DataConfig) -> dict[str, Any]:
 
 
 def _check_attributes(parts: dict[str, Any], name: str) -> None:
-    """Raise UserError unless each attribute with one value per image has as many values as there are images."""
+    """Raise UserError unless attributes with one value per image have that many values, and names are distinct."""
+    names = Counter(str(each) for part in parts.values() for each in getattr(part, "names", None) or ())
+    if repeated := next((each for each, count in names.items() if count > 1), None):
+        raise UserError(f"the data set {name!r} has more than one image named {repeated!r}")
     for part in parts.values():
         for attribute in ("targets", "names", "groups", "weights"):
             values = getattr(part, attribute, None)
