@@ -505,9 +505,10 @@ def test_progress_shows_loss_remaining_time_and_evaluation(tmp_path: Path) -> No
     """Progress is shown on a terminal and not in log.txt, and the result as a card. Nothing mentions the C library."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
-    command = [sys.executable, "-m", "toolkit.train", str(QUICKSTART), "--no-report", "--set", "train.epochs=2",
+    command = [sys.executable, "-m", "toolkit.train", str(QUICKSTART), "--no-report", "--set", "train.epochs=6",
                "--set", "tracking.trackers=[]", "--set", f"recipe.run_root={json.dumps(str(tmp_path))}"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
     process = subprocess.Popen(command, stderr=slave, stdout=slave, env=environment)
     os.close(slave)
     shown = b""
@@ -516,8 +517,8 @@ def test_progress_shows_loss_remaining_time_and_evaluation(tmp_path: Path) -> No
             shown += chunk
     assert process.wait(60) == 0
     text = shown.decode(errors="replace")
-    assert re.search(r"epoch [12]/2.*images/s.*loss \d+\.\d{4}", text)
-    assert re.search(r"epoch 2/2.*best 0\.\d{4}", text)
+    assert re.search(r"epoch [1-6]/6.*images/s.*loss \d+\.\d{4}", text)
+    assert re.search(r"epoch 6/6.*best 0\.\d{4}", text)
     assert "left for all epochs" in text
     assert "evaluating on validation" in text
     assert "evaluating on test" in text
@@ -525,7 +526,7 @@ def test_progress_shows_loss_remaining_time_and_evaluation(tmp_path: Path) -> No
     (run,) = (tmp_path / "quickstart").iterdir()
     assert "left for all epochs" not in (run / "log.txt").read_text()
     card, best = text.replace("\r", ""), open_run(run).summary["best"]
-    assert f"  best (epoch {best['epoch']})  last (epoch 2)\n" in card
+    assert f"  best (epoch {best['epoch']})  last (epoch 6)\n" in card
     assert re.search(rf"\ntest accuracy +{best['test_accuracy']:.4f} ", card)
     assert card.endswith(
         f"\nrun      {run}\nreport   toolkit report {run}\npredict  toolkit predict {run} IMAGE...\n"

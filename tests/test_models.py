@@ -732,7 +732,9 @@ def test_which_of_several_models_in_a_file_is_reported_and_can_be_chosen(
     pair = {f"module.encoder_q.{key}": value for key, value in resnet_state.items()}
     pair |= {f"module.encoder_k.{key}": value for key, value in average.items()}
     torch.save({"state_dict": pair}, tmp_path / "moco.pth")
-    with pytest.raises(UserError, match=r"several models that fit, under module.encoder_q, module.encoder_k; name one"):
+    with pytest.raises(
+        UserError, match=r"several models that fit, under module.encoder_q, module.encoder_k; select one"
+    ):
         build("moco.pth")
     assert same_backbone(build("moco.pth", "module.encoder_k").module, average)
 

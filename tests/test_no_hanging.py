@@ -305,7 +305,7 @@ def test_a_real_full_disk_is_handled_like_a_simulated_one(tmp_path: Path) -> Non
 
     def limited(rank: int) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
     statuses, text = statuses_and_output(tmp_path, 1, limited, *EMA)
     assert statuses == [0], text

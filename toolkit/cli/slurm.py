@@ -69,7 +69,7 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Follow the log until the job has ended.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Train a recipe, or all runs of a study, on a SLURM cluster; or a recipe on a Ray cluster.
+    """Train a recipe or a study on a SLURM cluster or on Ray.
 
     A recipe becomes one job; a study becomes a job array and a final job that writes its table and report.
 
