@@ -121,7 +121,10 @@ def with_a_stopped_rank(folder: Path, world: int, rank: int) -> Trainers:
     return trainers
 
 
-@pytest.mark.parametrize(("world", "rank"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "rank"),
+    [pytest.param(2, 0, marks=pytest.mark.extended), pytest.param(3, 1, marks=pytest.mark.slow)],
+)
 def test_after_a_stop_request_an_unresponsive_process_is_named_and_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, rank: int
 ) -> None:

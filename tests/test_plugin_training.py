@@ -128,6 +128,7 @@ def test_torchvision_s_resnet18_as_a_plugin_equals_source_torchvision(tmp_path: 
     assert (run.recipe.model.source, run.recipe.model.name) == ("plugin", "own_resnet")
 
 
+@pytest.mark.extended
 @pytest.mark.long
 def test_two_processes_killed_and_resumed_give_the_bytes_of_built_in_names(
     write_module: WriteModule, tmp_path: Path

@@ -302,6 +302,7 @@ def test_sync_uploads_everything_once(run: Run, server: WandbServer, tmp_path: P
     assert f"wandb artifact get {model.name}:best --root model" in (folder / "README.md").read_text()
 
 
+@pytest.mark.extended
 def test_an_interrupted_upload_is_completed_without_a_second_version(
     run: Run, server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

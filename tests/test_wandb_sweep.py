@@ -147,6 +147,7 @@ def test_w_and_b_does_not_restart_a_run_that_its_sweep_stopped(monkeypatch: pyte
         assert [name for name, _, _ in client.method_calls] == expected
 
 
+@pytest.mark.extended
 @pytest.mark.long
 def test_wandbs_agent_trains_with_the_servers_values_as_a_run_of_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -107,6 +107,7 @@ def test_a_ready_recipe_is_trained_by_name_on_two_processes(unpacked: Path, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+@pytest.mark.extended
 def test_the_examples_run_in_an_empty_folder(unpacked: Path, tmp_path: Path) -> None:
     names = ("train_and_look", "mistakes_of_a_run", "compare_runs")  # the second one uses the run of the first
     assert set(names) == {path.stem for path in (ROOT / "docs" / "examples").iterdir()}
