@@ -27,8 +27,10 @@ from wandb_server import KEY, WandbServer, logged_in_here, without_login
 
 import toolkit.trackers
 from toolkit.mlflow_tracker import MLflowRun
+from toolkit.recipe import load_recipe
 from toolkit.runs import Run
 from toolkit.trackers import BACKLOG, FINISH_SECONDS, LEAVE_SECONDS, TrackerThread, wandb_mode
+from toolkit.training.fit import fit
 from toolkit.training.train_step import TrainStep
 
 pytestmark = pytest.mark.long
@@ -403,3 +405,16 @@ def test_the_backlog_of_a_slow_tracker_is_bounded() -> None:
     thread.wait(60)
     assert tracker.lines[-1] == -1
     assert len(tracker.lines) < 3, "after a failure only the end is passed on"
+
+
+def test_a_program_may_change_its_working_directory_between_two_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B's service keeps the directory in which it was started, so that a relative path would lead elsewhere."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = ["train.epochs=2", 'recipe.run_root="runs"', 'tracking.trackers=["wandb"]', "tracking.upload=[]"]
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        run = fit(load_recipe(write_recipe(tmp_path / name, STATEFUL), settings), quiet=True)
+        assert list((tmp_path / name / run.path).glob("wandb/*run-*/run-*.wandb"))

@@ -304,7 +304,7 @@ def wandb_settings(recipe: Recipe, run: Run, run_id: str, mode: str, folder: Pat
         "mode": mode,
         "id": re.sub(r"[^\w-]", "-", run_id),
         "resume": "allow",
-        "dir": str(folder),
+        "dir": os.path.abspath(folder),  # the client's service keeps the working directory in which it was started
         "name": table.run_name or name[:MAX_LABEL],
         "job_type": "train" if member is None else member.row[:MAX_LABEL],
         "group": table.group or recipe.recipe.name,
