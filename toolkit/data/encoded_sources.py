@@ -7,7 +7,7 @@ import io
 import os
 import stat
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -178,38 +178,49 @@ class PackedImages:
         return end - start, int(self._versions[i])
 
 
+class PartIndex:
+    """Numbers that run through several parts, one after the other, as those of torch's ConcatDataset."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """``sizes``: number of elements of each part."""
+        self._ends = np.cumsum(sizes)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """Return the number of the part that contains element i, and the element's index in it."""
+        part = int(np.searchsorted(self._ends, i, side="right"))
+        return part, i - (int(self._ends[part - 1]) if part else 0)
+
+
 class JoinedImages:
     """The concatenated images of several sources; an EncodedSource."""
 
     def __init__(self, sources: Mapping[str, EncodedSource]) -> None:
         """``sources``: by the prefix that is added to the names of their images."""
         self._prefixes, self._sources = [encode_name(prefix) for prefix in sources], list(sources.values())
-        self._ends = np.cumsum([len(source) for source in self._sources])
+        self._index = PartIndex([len(source) for source in self._sources])
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def _place(self, i: int) -> tuple[int, int]:
-        """Return the number of image i's source, and the image's number in it."""
-        at = int(np.searchsorted(self._ends, i, side="right"))
-        return at, i - (int(self._ends[at - 1]) if at else 0)
+        return len(self._index)
 
     def open(self, i: int) -> BinaryIO:
         """Open image i in its source."""
-        at, own = self._place(i)
+        at, own = self._index.locate(i)
         return self._sources[at].open(own)
 
     def name(self, i: int) -> str:
         """Return the name of image i in its source, after the source's prefix."""
-        at, own = self._place(i)
+        at, own = self._index.locate(i)
         return f"{self._prefixes[at]}/{self._sources[at].name(own)}"
 
     def location(self, i: int) -> str:
         """Return where the source stores image i."""
-        at, own = self._place(i)
+        at, own = self._index.locate(i)
         return self._sources[at].location(own)
 
     def size_and_version(self, i: int) -> tuple[int, int]:
         """Return the size in bytes and the version of image i, from its source."""
-        at, own = self._place(i)
+        at, own = self._index.locate(i)
         return self._sources[at].size_and_version(own)

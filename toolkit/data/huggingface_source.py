@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.data.datasets import Dataset, encoded_images
-from toolkit.data.encoded_sources import EncodedSource, ImageFiles
+from toolkit.data.encoded_sources import EncodedSource, ImageFiles, PartIndex
 from toolkit.data.folder_layout import split_of
 from toolkit.data.table_columns import read_examples
 from toolkit.data.table_files import RowValues, Table
@@ -39,29 +39,24 @@ class ArrowImages:
         ``sizes``: size of each image in bytes, [N].
         """
         self._splits, self._parts = list(parts), [_arrow(part, [column]) for part in parts.values()]
-        self._ends = np.cumsum([len(part) for part in self._parts])
+        self._index = PartIndex([len(part) for part in self._parts])
         self._sizes = sizes
         files = [file["filename"] for part in self._parts for file in part.cache_files]
         self._location = files[0] if files else "memory"
         self._version = max((os.stat(file).st_mtime_ns for file in files), default=0)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def _place(self, i: int) -> tuple[int, int]:
-        """Return the number of image i's split, and its row in that split."""
-        at = int(np.searchsorted(self._ends, i, side="right"))
-        return at, i - (int(self._ends[at - 1]) if at else 0)
+        return len(self._index)
 
     def open(self, i: int) -> BinaryIO:
         """Return the bytes of image i as an in-memory file."""
-        at, row = self._place(i)
+        at, row = self._index.locate(i)
         (value,) = self._parts[at][row].column(0).to_pylist()
         return io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
 
     def name(self, i: int) -> str:
         """Return the split of image i and its row in it, counted from 0, such as "train/17"."""
-        at, row = self._place(i)
+        at, row = self._index.locate(i)
         return f"{self._splits[at]}/{row}"
 
     def location(self, i: int) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from toolkit import plugins
 from toolkit.data.datasets import Dataset, encoded_images
-from toolkit.data.encoded_sources import read_bytes
+from toolkit.data.encoded_sources import PartIndex, read_bytes
 from toolkit.data.table_columns import read_examples
 from toolkit.data.table_files import RowValues, Table
 from toolkit.errors import UserError, first_line
@@ -49,20 +49,15 @@ class PluginImages:
     def __init__(self, parts: dict[str, Any], version: int) -> None:
         """``parts``: a data set for each split. ``version``: int64 that changes with the data, as far as is known."""
         self._splits, self._parts, self._version = list(parts), list(parts.values()), version
-        self._ends = np.cumsum([len(part) for part in self._parts])
+        self._index = PartIndex([len(part) for part in self._parts])
         self._names = [getattr(part, "names", None) for part in self._parts]
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def _place(self, i: int) -> tuple[int, int]:
-        """Return the number of the split of image i, and its index there."""
-        at = int(np.searchsorted(self._ends, i, side="right"))
-        return at, i - (int(self._ends[at - 1]) if at else 0)
+        return len(self._index)
 
     def open(self, i: int) -> BinaryIO:
         """Return image i as a .npy file in memory."""
-        at, index = self._place(i)
+        at, index = self._index.locate(i)
         file = io.BytesIO()
         np.save(file, _as_array(_item(self._parts[at], index)[0]), allow_pickle=False)
         file.seek(0)
@@ -70,13 +65,13 @@ class PluginImages:
 
     def name(self, i: int) -> str:
         """Return the name that the data set gives image i; else its split and its index there, such as "train/17"."""
-        at, index = self._place(i)
+        at, index = self._index.locate(i)
         names = self._names[at]
         return f"{self._splits[at]}/{index}" if names is None else encode_name(str(names[index]))
 
     def location(self, i: int) -> str:
         """Return the class of the data set, and the index of image i."""
-        at, index = self._place(i)
+        at, index = self._index.locate(i)
         return encode_name(f"{type(self._parts[at]).__name__}[{index}]")
 
     def size_and_version(self, i: int) -> tuple[int, int]:

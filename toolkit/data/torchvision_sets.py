@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from toolkit.data.dataset_info import DATASETS
 from toolkit.data.datasets import Dataset, encoded_images
-from toolkit.data.encoded_sources import ImageFiles
+from toolkit.data.encoded_sources import ImageFiles, PartIndex
 from toolkit.data.image_sources import ImageSource, InMemoryImages, Pixels
 from toolkit.data.torchvision_info import TORCHVISION_SETS
 from toolkit.errors import UserError, first_line, missing_package
@@ -40,8 +40,7 @@ class HDF5Images:
     def __init__(self, paths: Sequence[str], key: str) -> None:
         """``paths``: files with an array uint8 [N, h, w, 3] named ``key``."""
         self.paths, self.key = list(paths), key
-        self.counts = [len(array) for array in self._arrays()]
-        self._ends = np.cumsum(self.counts)
+        self._index = PartIndex([len(array) for array in self._arrays()])
         self._opened: tuple[int, list[Any]] = (0, [])
         """Process ID, and the arrays that this process has opened: HDF5 file handles must not be used after a fork."""
 
@@ -51,33 +50,28 @@ class HDF5Images:
         return [h5py.File(path)[self.key] for path in self.paths]
 
     def __len__(self) -> int:
-        return sum(self.counts)
-
-    def _place(self, i: int) -> tuple[int, int]:
-        """Return the number of the file that contains image i, and its row in it."""
-        file = int(np.searchsorted(self._ends, i, side="right"))
-        return file, i - sum(self.counts[:file])
+        return len(self._index)
 
     def open(self, i: int) -> BinaryIO:
         """Open image i as a PPM file in memory."""
         if self._opened[0] != os.getpid():
             self._opened = os.getpid(), self._arrays()
-        file, row = self._place(i)
+        file, row = self._index.locate(i)
         pixels = self._opened[1][file][row]
         return io.BytesIO(b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes())
 
     def name(self, i: int) -> str:
         """Return the file name and the row number, such as "camelyonpatch_level_2_split_test_x.h5/7"."""
-        file, row = self._place(i)
+        file, row = self._index.locate(i)
         return encode_name(f"{os.path.basename(self.paths[file])}/{row}")
 
     def location(self, i: int) -> str:
         """Return the path of the file that contains image i, encoded."""
-        return encode_name(self.paths[self._place(i)[0]])
+        return encode_name(self.paths[self._index.locate(i)[0]])
 
     def size_and_version(self, i: int) -> tuple[int, int]:
         """Return the size of the HDF5 file in bytes and its modification time in nanoseconds. Raises OSError."""
-        state = os.stat(self.paths[self._place(i)[0]])
+        state = os.stat(self.paths[self._index.locate(i)[0]])
         return state.st_size, state.st_mtime_ns
 
 

@@ -150,19 +150,13 @@ BALANCE = (
     Rule(
         lambda s: s.facts.imbalance >= VERY_UNEQUAL,
         lambda s: {"train.sampling": "balanced"},
-        lambda s: (
-            f"the largest class has {s.facts.largest:,} images, the smallest {s.facts.smallest:,}: all are drawn "
-            "equally often"
-        ),
+        lambda s: f"{_class_sizes(s)}: all are drawn equally often",
         "Buda et al. 2018, arXiv:1710.05381; Kang et al. 2020, arXiv:1910.09217",
     ),
     Rule(
         lambda s: s.facts.imbalance >= UNEQUAL,
         lambda s: {"train.class_weights": "balanced"},
-        lambda s: (
-            f"the largest class has {s.facts.largest:,} images, the smallest {s.facts.smallest:,}: errors in rare "
-            "ones weigh more"
-        ),
+        lambda s: f"{_class_sizes(s)}: errors in rare ones weigh more",
         "scikit-learn: class_weight='balanced' (King & Zeng 2001)",
     ),
 )
@@ -312,6 +306,10 @@ TOPICS: dict[str, tuple[Rule, ...]] = {
     "precision": PRECISION,
     "early stopping": STOPPING,
 }
+
+
+def _class_sizes(s: Situation) -> str:
+    return f"the largest class has {s.facts.largest:,} images, the smallest {s.facts.smallest:,}"
 
 
 def choose(s: Situation) -> list[Choice]:
