@@ -339,6 +339,23 @@ def test_diff_of_recipes_and_of_runs(tmp_path: Path) -> None:
     }
 
 
+def outputs() -> list[list[str]]:
+    """Return a command line for each option that names a file or folder to write, up to the option's value."""
+    found = [["pack", "x"], ["recipes", "copy", "x"]]
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        arguments = ["x" for one in command.params if one.param_type_name == "argument" and one.required]
+        options = [one.opts[0] for one in command.params if {"-o", "--write-table", "--out-of-fold"} & set(one.opts)]
+        found += [[name, *arguments, option] for option in options]
+    return found
+
+
+@pytest.mark.parametrize("arguments", outputs(), ids=" ".join)
+def test_an_output_that_cannot_be_written_is_one_message_before_any_work(arguments: list[str]) -> None:
+    found = toolkit(*arguments, f"{os.devnull}/x")
+    assert (found.status, found.stdout) == (2, "")
+    assert f"{os.devnull}/x cannot be written: Not a directory; choose another path" in found.stderr
+
+
 def test_diff_refuses_a_folder_that_is_not_a_run_directory(tmp_path: Path) -> None:
     outcome = toolkit("diff", str(QUICKSTART), str(tmp_path))
     assert outcome.status == 2

@@ -449,6 +449,45 @@ def test_a_metric_may_not_have_the_name_of_a_built_in_one(
         fit(recipe_with(tmp_path, *settings), quiet=True)
 
 
+def error_rate() -> Callable[..., float]:
+    return lambda labels, probabilities: 1 - accuracy()(labels, probabilities)
+
+
+def test_a_metric_selects_the_best_epoch_stops_and_lowers_the_learning_rate(
+    register: Callable[..., None], tmp_path: Path
+) -> None:
+    """The error does what the accuracy does, because it says that lower values are better."""
+    plugins.register("metric", higher_is_better=False)(error_rate)
+    runs = []
+    for metric in ("val/accuracy", "val/error_rate"):
+        settings = ["train.epochs=8", "optimizer.lr=0.2", 'scheduler.name="plateau"', "scheduler.patience=0"]
+        settings += ['scheduler.threshold_mode="abs"', "scheduler.threshold=0.02", "early_stopping.patience=3"]
+        settings += ["early_stopping.min_delta=0.02", 'train.metrics=["plugin:error_rate"]', "data.images_per_class=20"]
+        settings += [f'{key}="{metric}"' for key in ("train.best_metric", "scheduler.metric", "early_stopping.metric")]
+        runs.append(fit(on_digits(tmp_path, *settings), quiet=True))
+    records = runs[0].epoch_records()
+    assert runs[1].epoch_records() == records
+    assert len({record["lr"] for record in records}) > 1
+    assert runs[0].summary["stopped_early"]
+    assert runs[1].summary["best"] == runs[0].summary["best"]
+    assert runs[0].summary["best"]["epoch"] > 1
+    assert "validation error_rate" in runs[1].report().read_text()
+
+
+def test_names_of_monitored_metrics_are_checked(register: Callable[..., None], registered: None) -> None:
+    faults = {
+        'train.best_metric="val/acuracy"': 'no metric "val/acuracy"(.*\n)+  hint: did you mean val/accuracy',
+        'train.best_metric="val/rihgt"': "hint: did you mean val/right",
+        'scheduler.metric="val/other"': 'hint: or add "plugin:other" to train.metrics',
+        'early_stopping.metric="test/right"': 'expected .* or "val/NAME" of a plugin in train.metrics, found',
+    }
+    for setting, message in faults.items():
+        with pytest.raises(RecipeError, match=message):
+            on_digits("runs", 'train.metrics=["plugin:right"]', setting)
+    with pytest.raises(UserError, match="only metrics have a direction"):
+        plugins.register("loss", higher_is_better=True)
+
+
 def on_digits(root: Any, *settings: str) -> Recipe:
     """Return a recipe for another data set than the one that fit is given."""
     text = RECIPE.format(root=root).replace('dataset = "plugin"\nname = "shapes"', 'dataset = "digits"')

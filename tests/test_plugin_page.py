@@ -46,6 +46,8 @@ def test_the_examples_give_the_output_that_is_shown(files: Path, monkeypatch: py
     found = toolkit(*command.split()[1:])
     assert found.stderr + found.stdout == shown(command)
     assert toolkit("plugins", "--plugin", "my_net").stdout == shown("toolkit plugins --plugin my_net")
+    command = "toolkit schema --plugin my_net -o my.schema.json"
+    assert toolkit(*command.split()[1:]).stdout == shown(command)
     unload(monkeypatch)
     digit_files(files / "data", 1, 1)
     found = toolkit("predict", "runs/tiny", str(next(files.glob("data/test/0/*.png"))))

@@ -14,7 +14,7 @@ from plugin_modules import TRAINING, WriteModule, write_module
 from torch import nn
 from trainers import Trainers, at_call, kill_self, only_run, outcome, uninterrupted, write_recipe
 
-from toolkit import fit, load_model, plugins
+from toolkit import fit, load_model, open_run, plugins
 from toolkit.errors import UserError
 from toolkit.models.build import build_model
 from toolkit.recipe import Recipe, RecipeError, loads_recipe
@@ -217,6 +217,8 @@ def test_fit_takes_a_path_and_keeps_the_arguments_of_an_object_that_the_recipe_n
 
     run = fit(path, model=wide, loss=mean_square, quiet=True)
     assert load_model(run.path).module[0].out_channels == 5  # type: ignore[index]
+    plugins._registered.clear()
+    assert open_run(run.path, model=wide).evaluate() == open_run(run.path).evaluate()
     assert run.recipe.train.loss == "plugin:mean_square"
     names = [found["name"] for found in run.environment["plugins"]]
     assert names == ["wide", "mean_square"]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
+import tomli
 from cli import toolkit
 from plugin_modules import WriteModule, write_module
 
@@ -293,6 +297,45 @@ def test_a_recipe_without_plugins_loads_none(write_module: WriteModule, monkeypa
         assert old in text
         text = text.replace(old, new)
     assert loads_recipe(text).train.loss == "bce"
+
+
+ALL_KINDS = """
+@register("dataset")
+def shapes(count: int = 5): ...
+
+@register("transform")
+def Fog(strength: float): ...
+
+@register("metric")
+def kappa(): ...
+
+@register("loss")
+def free(**arguments): ...
+"""
+
+
+def test_a_schema_for_editors_has_the_names_and_arguments_of_plugins(write_module: WriteModule, tmp_path: Path) -> None:
+    write_module(MODULE + ALL_KINDS)
+    found = toolkit("schema", "--plugin", "own.py", "-o", "my.schema.json")
+    assert found.status == 0, found.stderr
+    schema = json.loads((tmp_path / "my.schema.json").read_text())
+    jsonschema.Draft7Validator.check_schema(schema)
+    names = {name for kind in plugins.PROVIDED for name in plugins.names(kind)}
+    assert not [name for name in names if not re.search(rf'"(plugin:)?{name}"', json.dumps(schema))]
+    assert toolkit("schema").stdout == (tmp_path / "my.schema.json").read_text(), "the plugins are still loaded"
+
+    def faults(text: str) -> int:
+        return len(list(jsonschema.Draft7Validator(schema).iter_errors(tomli.loads(text))))
+
+    fog = '[augment]\ntrain = [{ name = "plugin:Fog", stage = "tensor", strength = 0.5 }]\n'
+    assert faults(RECIPE + fog) == 0
+    assert faults(RECIPE.replace('"plugin:poly"', '"plugin:free"').replace("alpha", "whatever")) == 0
+    assert faults(RECIPE.replace("tiny_net", "other_net").replace("width", "depth")) == 0, "not loaded"
+    for old, new in (("width", "depth"), ("= 12", '= "wide"'), ("period", "length"), ("alpha", "gamma_")):
+        assert faults(RECIPE.replace(old, new)), (old, new)
+    assert faults(RECIPE + fog.replace("0.5", '"much"'))
+    assert faults(RECIPE + fog.replace("strength", "weakness"))
+    assert faults('[data]\ndataset = "plugin"\nname = "shapes"\nargs = { number = 5 }\n')
 
 
 def test_commands_load_plugins_with_an_option(write_module: WriteModule, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(run: Run, tmp_path: 
     (tmp_path / "file").touch()
     outcome = report(run.path, "-o", tmp_path / "file" / "x.html")
     assert outcome.status == 2
-    assert f"the report cannot be written to {tmp_path / 'file' / 'x.html'}" in outcome.stderr
+    assert f"{tmp_path / 'file' / 'x.html'} cannot be written: Not a directory" in outcome.stderr
 
 
 GARBAGE: dict[str, list[bytes]] = {

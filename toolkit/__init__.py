@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "fit", "load_model", "load_recipe", "open_run", "open_study"]
+__all__ = ["UserError", "__version__", "fit", "load_model", "load_recipe", "open_run", "open_study"]
 
 if TYPE_CHECKING:
+    from toolkit.errors import UserError
     from toolkit.recipe import load_recipe
     from toolkit.runs import open_run
     from toolkit.studies import open_study
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from toolkit.training.trained_model import load_model
 
 _MODULES = {
+    "UserError": "toolkit.errors",
     "fit": "toolkit.training.fit",
     "load_model": "toolkit.training.trained_model",
     "load_recipe": "toolkit.recipe",

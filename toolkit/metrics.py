@@ -2,10 +2,14 @@
 
 ``training/evaluation.py`` computes the :data:`MEASURES` of a model on a split. The names in the recipe schema, columns
 of tables, axes of plots and the direction of *best* are derived from this module.
+
+A plugin's metric NAME is ``val/NAME`` in metrics.jsonl, and ``val_NAME`` and ``test_NAME`` elsewhere. Such names follow
+from the recipe; only the direction is not in them, so that it is set with :func:`set_direction`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,7 +88,7 @@ class Metric:
     @property
     def axis_label(self) -> str:
         """Label of an axis, with the unit: ``validation accuracy (%)``."""
-        return f"{self.label} ({self.measure.unit})"
+        return f"{self.label} ({self.measure.unit})" if self.measure.unit else self.label
 
     @property
     def expected_name(self) -> str | None:
@@ -170,9 +174,47 @@ def headline(metrics: Container[str], prefix: str) -> str:
     return f"{prefix}map" if f"{prefix}map" in metrics else f"{prefix}accuracy"
 
 
+PLUGIN_NAME = r"[^\W\d][\w.-]*"
+"""Pattern of the names of plugins."""
+
+_PLUGIN_COLUMN = re.compile(rf"(?P<last>last_)?(?P<split>val|test)_(?P<name>{PLUGIN_NAME})")
+
+_lower_is_better: set[str] = set()
+"""Names of plugins' metrics of which lower values are better."""
+
+
+def set_direction(name: str, *, higher_is_better: bool) -> None:
+    """Set which values of a plugin's metric are better, by the name of the plugin; without it, higher ones are."""
+    (_lower_is_better.discard if higher_is_better else _lower_is_better.add)(name)
+
+
+def plugin_of(name: str) -> str | None:
+    """Return the plugin to which a metric's name belongs, such as ``val/NAME``; None if it is built in or no name."""
+    column = name.replace("/", "_")
+    found = None if column in METRICS else _PLUGIN_COLUMN.fullmatch(column)
+    return found and found["name"]
+
+
 def metric_of(name: str) -> Metric:
-    """Return a metric by its name in a table or, as ``val/accuracy``, in metrics.jsonl."""
-    return METRICS[name.replace("/", "_")]
+    """Return a metric by its name in a table or, as ``val/accuracy``, in metrics.jsonl.
+
+    Names that are not built in are those of a plugin's metric. Raises KeyError for other names.
+    """
+    column = name.replace("/", "_")
+    if column in METRICS:
+        return METRICS[column]
+    if (found := _PLUGIN_COLUMN.fullmatch(column)) is None:
+        raise KeyError(name)
+    own, split = found["name"], found["split"]
+    measure = Measure(own, own, "", 4, 1.0, higher_is_better=own not in _lower_is_better)
+    return Metric(column, measure, f"{split}_{own}", split, "last" if found["last"] else "best")
+
+
+def metrics_in(summary: Mapping[str, Any]) -> list[Metric]:
+    """Return :data:`METRICS`, and the metrics of plugins in a run's summary.json."""
+    models = (("best", ""), ("last", "last_"))
+    named = [f"{prefix}{key}" for model, prefix in models for key in summary.get(model) or ()]
+    return [*METRICS.values(), *(metric_of(name) for name in named if plugin_of(name))]
 
 
 def measures_of(task: str) -> dict[str, Measure]:

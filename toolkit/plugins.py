@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
 
 from toolkit.errors import UserError, first_line
+from toolkit.metrics import set_direction
 from toolkit.signatures import describe_argument
 from toolkit.similar_names import did_you_mean
 
@@ -92,6 +93,11 @@ class Plugin:
         """Whether the factory accepts any keyword argument (``**kwargs``)."""
         return any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether higher values of a metric are better."""
+        return bool(getattr(self.factory, "higher_is_better", True))
+
     def takes(self, name: str) -> bool:
         """Return whether the factory's signature has this argument."""
         return name in self._parameters
@@ -153,16 +159,21 @@ _loading: list[str] = []
 """Modules that are being imported; the last one registers plugins now."""
 
 
-def register(kind: str, name: str | None = None) -> Callable[[F], F]:
+def register(kind: str, name: str | None = None, *, higher_is_better: bool | None = None) -> Callable[[F], F]:
     """Decorate a factory to register it as a plugin: ``@register("model")``, by default under its own name.
 
-    ``kind``: model, dataset, transform, loss, metric, optimizer or schedule. Raises UserError if another factory has
-    the name.
+    ``kind``: model, dataset, transform, loss, metric, optimizer or schedule. ``higher_is_better``: whether higher
+    values of a metric are better, stored as an attribute of the factory, which may also set it itself; by default they
+    are. Raises UserError if another factory has the name.
     """
     if kind not in PROVIDED:
         raise UserError(f"register({kind!r}): the kinds are {', '.join(PROVIDED)}")
+    if higher_is_better is not None and kind != "metric":
+        raise UserError(f"register({kind!r}, higher_is_better=...): only metrics have a direction")
 
     def decorate(factory: F) -> F:
+        if higher_is_better is not None:
+            factory.higher_is_better = higher_is_better  # type: ignore[attr-defined]
         add(Plugin(kind, name or factory.__name__, factory, loaded_with=_loading[-1] if _loading else None))
         return factory
 
@@ -178,6 +189,8 @@ def add(plugin: Plugin, *, replace: bool = False) -> None:
             "one of them another name"
         )
     _registered[plugin.kind, plugin.name] = plugin
+    if plugin.kind == "metric":
+        set_direction(plugin.name, higher_is_better=plugin.higher_is_better)
 
 
 def use_modules(named: list[str]) -> None:
@@ -228,6 +241,11 @@ def names(kind: str) -> list[str]:
     """Return the names of a kind's plugins, sorted: registered ones, and entry points, which are not imported yet."""
     _load_listed()
     return sorted({name for of, name in _registered if of == kind} | _entries(kind).keys())
+
+
+def loaded(kinds: Collection[str] = tuple(PROVIDED)) -> list[Plugin]:
+    """Return all plugins of these kinds, by kind and name; packages with entry points are imported for it."""
+    return [find(kind, name) for kind in kinds for name in names(kind)]
 
 
 class NamedPlugin(NamedTuple):

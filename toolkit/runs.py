@@ -9,6 +9,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,16 +22,21 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from toolkit.inference.predict_images import ImageInput, Prediction
+    from toolkit.training.given_plugins import Object
     from toolkit.training.trained_model import TrainedModel
 
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 
 
+@dataclass(frozen=True, repr=False)
 class Run(RunDirectory):
     """A run, as returned by :func:`fit` and :func:`open_run`: its files, and values computed from them.
 
     Reading imports neither torch nor pandas; properties and methods that need them import them.
     """
+
+    factory: Object | None = field(default=None, compare=False)
+    """Function that builds the model, if it is a plugin that is not registered; see :func:`open_run`."""
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -79,7 +85,7 @@ class Run(RunDirectory):
         """
         from toolkit.training.trained_model import load_model
 
-        trained = load_model(self.path)
+        trained = load_model(self.path, model=self.factory)
         if trained.caution:
             warnings.warn(trained.caution, stacklevel=3)
         return trained
@@ -168,10 +174,11 @@ class Run(RunDirectory):
         return written.report
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
+def open_run(path: str | os.PathLike[str], *, model: Object | None = None) -> Run:
     """Open a run: a run directory, a recipe's folder for its newest run, or "latest", as for all commands.
 
-    Raises UserError if there is none.
+    ``model``: the factory of a model that :func:`fit` was given, if the run's model is to be used. Raises UserError if
+    there is no such run.
     """
     folder = newest_run(path)
     try:
@@ -181,7 +188,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     if not is_run:
         hint = "; it is a study's folder (toolkit.open_study)" if (folder / "study.json").is_file() else ""
         raise UserError(f"{folder} is not a run directory: it has no recipe.toml{hint}")
-    return Run(folder)
+    return Run(folder, model)
 
 
 def new_run_id() -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, Overrides, RecipePath, load_recipe
+from toolkit.cli.options import AsJson, Overrides, RecipePath, load_recipe, output
 from toolkit.errors import UserError
 
 
@@ -26,7 +26,8 @@ def bench(
         typer.Option(metavar="TFLOPS", help="Peak performance of the device, if the toolkit does not know it."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the results to this JSON file.")
+        Path | None,
+        typer.Option("-o", "--out", metavar="FILE", parser=output, help="Also write the results to this JSON file."),
     ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, Overrides, RecipePath, load_recipe
+from toolkit.cli.options import AsJson, Overrides, RecipePath, load_recipe, output
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 from toolkit.formatting import plural
 
@@ -46,12 +46,19 @@ def data(
     recipe: RecipePath,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="FOLDER", help="Folder of the figures. Default: data-report/RECIPE_NAME."),
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="FOLDER",
+            parser=output,
+            help="Folder of the figures. Default: data-report/RECIPE_NAME.",
+        ),
     ] = None,
     write_table: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
+            parser=output,
             help="Instead, write the images, labels and splits to a table (.csv, .tsv, .jsonl, .parquet), and print "
             "the [data] table that reads it.",
         ),
@@ -94,7 +101,9 @@ def data(
 @command
 def pack(
     recipe: RecipePath,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to create; it may exist if it is empty.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", parser=output, help="Folder to create; it may exist if it is empty.")
+    ],
     shard_size: Annotated[float, typer.Option(min=0.02, metavar="MIB", help="Maximum size of a shard, in MiB.")] = 256,
     set_: Overrides = None,
     as_json: AsJson = False,

@@ -11,7 +11,7 @@ import typer
 
 from toolkit.cli.errors import command
 from toolkit.cli.inference import log
-from toolkit.cli.options import AsJson, ModelPath, RunPath
+from toolkit.cli.options import AsJson, ModelPath, RunPath, output
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 
 
@@ -21,7 +21,7 @@ def export(
     style: Annotated[str, typer.Option("--format", metavar="FORMAT", help="onnx, torch-export, safetensors or timm.")],
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="FOLDER", help="Output folder. Default: RUN/export/FORMAT."),
+        typer.Option("-o", "--out", metavar="FOLDER", parser=output, help="Output folder. Default: RUN/export/FORMAT."),
     ] = None,
     epoch: Annotated[
         str, typer.Option(metavar="EPOCH", help="Weights to export: best (the selected epoch) or last (the last one).")
@@ -66,7 +66,8 @@ def publish(
     private: Annotated[bool, typer.Option("--private", help="Visible only to you or your organization.")] = False,
     no_push: Annotated[bool, typer.Option("--no-push", help="Write the folder without pushing it.")] = False,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Output folder. Default: RUN/publish.")
+        Path | None,
+        typer.Option("-o", "--out", metavar="FOLDER", parser=output, help="Output folder. Default: RUN/publish."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, Overrides, RecipePath, load_recipe
+from toolkit.cli.options import AsJson, Overrides, RecipePath, load_recipe, output
 from toolkit.errors import UserError
 from toolkit.plugins import modules
 
@@ -25,7 +25,7 @@ def find_lr(
     max_lr: Annotated[float, typer.Option(metavar="LR", help="Learning rate of the last step.")] = 10.0,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="FOLDER", help="Folder for the figure and the table."),
+        typer.Option("-o", "--out", metavar="FOLDER", parser=output, help="Folder for the figure and the table."),
     ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,

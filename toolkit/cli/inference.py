@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, DataRoot, ModelPath, RunPath
+from toolkit.cli.options import AsJson, DataRoot, ModelPath, RunPath, output
 from toolkit.error_handling import is_first_process
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError, missing_package
 from toolkit.filenames import escape_control_characters
@@ -128,7 +128,7 @@ def predict(
         str, typer.Option("--format", metavar="FORMAT", help="csv, json (one array) or jsonl (one object per line).")
     ] = "csv",
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Output file. Default: stdout.")
+        Path | None, typer.Option("-o", "--out", metavar="FILE", parser=output, help="Output file. Default: stdout.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     batch_size: Annotated[
@@ -249,7 +249,9 @@ def explain(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="FOLDER", help="Folder of the images. Default: RUN/figures/explain."),
+        typer.Option(
+            "-o", "--out", metavar="FOLDER", parser=output, help="Folder of the images. Default: RUN/figures/explain."
+        ),
     ] = None,
     data_root: DataRoot = None,
     as_json: AsJson = False,

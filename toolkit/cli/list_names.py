@@ -6,7 +6,7 @@ They do not import torch, unless a plugin does.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
@@ -15,11 +15,14 @@ import typer
 from toolkit.cli.errors import command
 from toolkit.cli.options import AsJson
 from toolkit.errors import UserError
+from toolkit.plugins import PROVIDED, loaded
 from toolkit.similar_names import did_you_mean
 
 Pattern = Annotated[
     str | None, typer.Argument(metavar="PATTERN", help="Part of a name, or a pattern with * and ?; case is ignored.")
 ]
+
+OwnPlugins = Annotated[bool, typer.Option("--plugins", help="List the loaded plugins of this kind instead.")]
 
 
 @command
@@ -29,12 +32,18 @@ def models(
         str | None, typer.Option(metavar="SOURCE", help="Only models from torchvision, timm or toolkit.")
     ] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Also list pretrained weights, default first.")] = False,
+    plugins: OwnPlugins = False,
     as_json: AsJson = False,
 ) -> None:
     """List the models that a recipe can use.
 
     Example: toolkit models "resnet*" --source torchvision --weights
     """
+    if plugins:
+        if source or weights:
+            raise UserError("--plugins lists models of your own, which have neither --source nor --weights")
+        _list_plugins(pattern, ["model"], as_json)
+        return
     from toolkit.recipe import catalog
 
     if source not in (None, "torchvision", "timm", "toolkit"):
@@ -67,13 +76,16 @@ def _model_row(entry: dict[str, Any], weights: bool) -> tuple[str, ...]:
 
 
 @command
-def transforms(pattern: Pattern = None, as_json: AsJson = False) -> None:
+def transforms(pattern: Pattern = None, plugins: OwnPlugins = False, as_json: AsJson = False) -> None:
     """List the transforms that a recipe can use.
 
     Shows their arguments and defaults.
 
     Example: toolkit transforms flip
     """
+    if plugins:
+        _list_plugins(pattern, ["transform"], as_json)
+        return
     from toolkit.recipe import catalog
 
     known = catalog.transforms()
@@ -97,13 +109,16 @@ def _default(info: dict[str, Any]) -> str:
 
 
 @command
-def optimizers(pattern: Pattern = None, as_json: AsJson = False) -> None:
+def optimizers(pattern: Pattern = None, plugins: OwnPlugins = False, as_json: AsJson = False) -> None:
     """List the optimizers that a recipe can use.
 
     "momentum" marks those with a momentum argument.
 
     Example: toolkit optimizers "*adam*"
     """
+    if plugins:
+        _list_plugins(pattern, ["optimizer"], as_json)
+        return
     from toolkit.recipe import catalog
 
     known = catalog.optimizers()
@@ -113,7 +128,7 @@ def optimizers(pattern: Pattern = None, as_json: AsJson = False) -> None:
 
 
 @command
-def datasets(pattern: Pattern = None, as_json: AsJson = False) -> None:
+def datasets(pattern: Pattern = None, plugins: OwnPlugins = False, as_json: AsJson = False) -> None:
     """List the data sets that a recipe can use.
 
     Shows how each one is obtained. torchvision/NAME means data.dataset = "torchvision" and data.name = NAME; the
@@ -121,6 +136,9 @@ def datasets(pattern: Pattern = None, as_json: AsJson = False) -> None:
 
     Example: toolkit datasets torchvision/
     """
+    if plugins:
+        _list_plugins(pattern, ["dataset"], as_json)
+        return
     from dataclasses import asdict
 
     from toolkit.data.dataset_info import DATASETS, info_of
@@ -145,13 +163,17 @@ def plugins(pattern: Pattern = None, as_json: AsJson = False) -> None:
 
     Example: toolkit plugins --plugin my_net
     """
-    from toolkit.plugins import PROVIDED, find, names
+    _list_plugins(pattern, PROVIDED, as_json)
 
-    loaded = [find(kind, name) for kind in PROVIDED for name in names(kind)]
-    if not loaded:
-        raise UserError("no plugins are loaded: name a module with --plugin MODULE")
-    shown = set(matching(pattern, [plugin.name for plugin in loaded], "plugin"))
-    chosen = [plugin for plugin in loaded if plugin.name in shown]
+
+def _list_plugins(pattern: str | None, kinds: Collection[str], as_json: bool) -> None:
+    """Show kind, name, module and arguments of the loaded plugins. Raises UserError if there are none."""
+    known = loaded(kinds)
+    if not known:
+        what = f"{next(iter(kinds))} plugins" if len(kinds) == 1 else "plugins"
+        raise UserError(f"no {what} are loaded: name a module with --plugin MODULE")
+    shown = set(matching(pattern, [plugin.name for plugin in known], "plugin"))
+    chosen = [plugin for plugin in known if plugin.name in shown]
     found = [plugin.record | {"arguments": plugin.arguments} for plugin in chosen]
     rows = [
         (plugin.kind, plugin.name, plugin.record["module"] or "", _arguments(plugin.arguments)) for plugin in chosen

@@ -21,7 +21,7 @@ from toolkit.cli.list_names import datasets, models, optimizers, plugins, transf
 from toolkit.cli.new import new
 from toolkit.cli.options import AsJson, RunPath
 from toolkit.cli.ready_recipes import recipes
-from toolkit.cli.recipe import diff, show, validate
+from toolkit.cli.recipe import diff, schema, show, validate
 from toolkit.cli.report import report
 from toolkit.cli.results import table
 from toolkit.cli.slurm import cancel, logs, status, submit
@@ -46,9 +46,9 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 COMMANDS = (
-    new, train, recipes, validate, show, diff, plan, data, pack, models, transforms, optimizers, datasets, plugins,
-    doctor, bench, find_lr, cache, submit, status, logs, cancel, study, sweep, table, report, evaluate, predict,
-    explain, export, publish, sync,
+    new, train, recipes, validate, show, diff, schema, plan, data, pack, models, transforms, optimizers, datasets,
+    plugins, doctor, bench, find_lr, cache, submit, status, logs, cancel, study, sweep, table, report, evaluate,
+    predict, explain, export, publish, sync,
 )  # fmt: skip
 for function in COMMANDS:
     app.command()(function)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson
+from toolkit.cli.options import AsJson, output
 from toolkit.errors import UserError
 
 
@@ -26,7 +26,8 @@ def new(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Recipe to write. Default: NAME.toml.")
+        Path | None,
+        typer.Option("-o", "--out", metavar="FILE", parser=output, help="Recipe to write. Default: NAME.toml."),
     ] = None,
     goal: Annotated[
         Literal["accuracy", "fast", "small"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +35,20 @@ def chosen_recipe(text: str) -> str:
     path = str(RECIPES / f"{name}.toml")
     if is_first_process():
         print(f"recipe {path}", file=sys.stderr)
+    return path
+
+
+def output(text: str) -> Path:
+    """Return the path of a file or folder to write, before a command computes what belongs there.
+
+    Raises BadParameter unless a file can be created in its folder or, if there is none yet, in the nearest one above.
+    """
+    path = Path(text)
+    try:
+        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        tempfile.TemporaryFile(dir=folder).close()  # permissions do not tell: root has them on read-only mounts, too
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written: {error.strerror}; choose another path") from None
     return path
 
 

@@ -12,7 +12,7 @@ import typer
 
 from toolkit import ready_recipes
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson
+from toolkit.cli.options import AsJson, output
 from toolkit.errors import UserError
 
 
@@ -31,7 +31,9 @@ def recipes(
     ] = None,
     destination: Annotated[
         Path | None,
-        typer.Argument(metavar="DEST", help="With copy: a folder (default: recipes), or a new .toml file."),
+        typer.Argument(
+            metavar="DEST", parser=output, help="With copy: a folder (default: recipes), or a new .toml file."
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="With copy: replace files whose content differs.")

@@ -1,4 +1,4 @@
-"""The validate, show and diff commands. They do not import torch."""
+"""The validate, show, diff and schema commands. They do not import torch, unless a plugin does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, Overrides, RecipePath, chosen_recipe, chosen_run, load_recipe
+from toolkit.cli.options import AsJson, Overrides, RecipePath, chosen_recipe, chosen_run, load_recipe, output
 from toolkit.errors import EXIT_BAD_INPUT, EXIT_OK
 
 if TYPE_CHECKING:
@@ -235,3 +235,32 @@ def _number(value: float | None) -> str:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
+
+
+@command
+def schema(
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", parser=output, help="File to write. Default: stdout.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the JSON Schema of recipes, for editors.
+
+    They complete and check recipes by it. It also has the loaded plugins, with their arguments. A recipe names the file
+    in its first line: #:schema PATH.
+
+    Example: toolkit schema --plugin my_net -o my.schema.json
+    """
+    from toolkit.plugins import loaded
+    from toolkit.recipe.jsonschema import schema_text
+    from toolkit.writing import write_atomically
+
+    text = schema_text(loaded())
+    if out is None:
+        print(text, end="")
+        return
+    write_atomically(out, text.encode())
+    if as_json:
+        _print_json({"file": str(out)})
+    else:
+        print(f"wrote {out}; the first line of a recipe in the same folder: #:schema {out.name}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, DataRoot, RunOrStudyPath
+from toolkit.cli.options import AsJson, DataRoot, RunOrStudyPath, output
 from toolkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 def report(
     path: RunOrStudyPath,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE", help="HTML file. Default: report.html in the folder.")
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="FILE", parser=output, help="HTML file. Default: report.html in the folder."
+        ),
     ] = None,
     figures_only: Annotated[bool, typer.Option("--figures-only", help="Write only the figures for print.")] = False,
     data_root: DataRoot = None,

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson
+from toolkit.cli.options import AsJson, output
 from toolkit.errors import UserError
 
 
@@ -43,7 +43,9 @@ def table(
     out_of_fold: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Also write the test predictions of all folds, one per image, to a CSV file."
+            metavar="FILE",
+            parser=output,
+            help="Also write the test predictions of all folds, one per image, to a CSV file.",
         ),
     ] = None,
     figures: Annotated[bool, typer.Option("--figures", help="Also draw figures, SVG and PDF.")] = False,

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, Overrides
+from toolkit.cli.options import AsJson, Overrides, output
 from toolkit.cli.study import StudyPath
 from toolkit.errors import UserError
 
@@ -20,7 +20,10 @@ from toolkit.errors import UserError
 def sweep(
     study: StudyPath,
     out: Annotated[
-        Path, typer.Option("-o", "--out", metavar="FILE", help="Configuration to write; the recipe gets its name.")
+        Path,
+        typer.Option(
+            "-o", "--out", metavar="FILE", parser=output, help="Configuration to write; the recipe gets its name."
+        ),
     ] = Path("sweep.yaml"),
     set_: Overrides = None,
     processes: Annotated[

@@ -158,7 +158,7 @@ def evaluate_run(
             f"{run.path} has no {split} images (data.split.{split}); "
             f"choose another split: --split {' or '.join(others)}"
         )
-    trained, recipe = load_model(run.path), run.recipe
+    trained, recipe = load_model(run.path, model=run.factory), run.recipe
     summary: dict[str, Any] = {}
     if run.is_finished:
         check_recipe(run)

@@ -95,7 +95,7 @@ def evaluate_data(
     path = Path(data).resolve()
     name = name or "-".join(filter(None, (path.name if path.is_dir() else path.stem, split)))
     check_name(run, name, data, split)
-    trained, recipe = load_model(run.path), run.recipe
+    trained, recipe = load_model(run.path, model=run.factory), run.recipe
     config = data_config(data, recipe, split)
     channels = trained.preprocessing.channels
     config = as_trained(config, trained.preprocessing).model_copy(update={"channels": channels})

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from toolkit.metrics import EPOCH_METRICS, METRICS, MODEL_METRICS, VALIDATION_METRICS
+from toolkit.metrics import EPOCH_METRICS, METRICS, MODEL_METRICS, PLUGIN_NAME, VALIDATION_METRICS
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1, inclusive."""
@@ -26,10 +26,13 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
-PLUGIN_PATTERN = r"^plugin:[^\W\d][\w.-]*$"
+PLUGIN_PATTERN = f"^plugin:{PLUGIN_NAME}$"
 """Pattern of a plugin's name (:mod:`toolkit.plugins`) in keys that also take built-in names."""
 
 PluginName = Annotated[str, Field(pattern=PLUGIN_PATTERN, max_length=NAME_LENGTH)]
+
+PLUGIN_METRIC, PLUGIN_COLUMN = f"^val/{PLUGIN_NAME}$", f"^(last_)?(val|test)_{PLUGIN_NAME}$"
+"""Patterns of a plugin's metric: in metrics.jsonl, and as a column of a table."""
 
 SLURM_WORD = r"^[\w.,@+-]+$"
 """Pattern of names of SLURM partitions, accounts and similar."""
@@ -52,14 +55,15 @@ if TYPE_CHECKING:  # type checkers cannot evaluate a Literal of computed names
     MetricName = str
     ModelMetricName = str
 else:
-    EpochMetric = Literal[*EPOCH_METRICS]
+    OwnMetric, OwnColumn = (Annotated[str, Field(pattern=pattern)] for pattern in (PLUGIN_METRIC, PLUGIN_COLUMN))
+    EpochMetric = Literal[*EPOCH_METRICS] | OwnMetric
     """Metrics logged every epoch, named as in metrics.jsonl and the trackers."""
-    ValidationMetric = Literal[*VALIDATION_METRICS]
-    Selection = Literal[*VALIDATION_METRICS, "last"]
+    ValidationMetric = Literal[*VALIDATION_METRICS] | OwnMetric
+    Selection = Literal[*VALIDATION_METRICS, "last"] | OwnMetric
     """Metric that selects the epoch whose weights are kept; ``last``: the last epoch, whatever its metrics."""
-    MetricName = Literal[*METRICS]
+    MetricName = Literal[*METRICS] | OwnColumn
     """Column of a study's table."""
-    ModelMetricName = Literal[*MODEL_METRICS]
+    ModelMetricName = Literal[*MODEL_METRICS] | OwnColumn
 
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "none"]
 

@@ -305,6 +305,7 @@ RULES = (
     catalog_checks.auto_augment,
     catalog_checks.expected_metrics,
     task_checks.task,
+    task_checks.unknown_metrics,
     transfer,
     model,
     input_checks.image_size,

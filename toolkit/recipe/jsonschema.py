@@ -1,8 +1,9 @@
 """JSON Schema of recipe files, for completion and validation in editors (Taplo, Even Better TOML).
 
-``python -m toolkit.recipe.jsonschema`` writes ``recipe.schema.json``. A recipe refers to it in its first line,
-``#:schema PATH``. The schema covers a single file, which may inherit other values, so no table or key is required
-except within lists, which are never merged. Rules across tables are checked by ``toolkit validate`` only.
+``python -m toolkit.recipe.jsonschema`` writes ``recipe.schema.json``; `toolkit schema` writes one that also has the
+loaded plugins. A recipe refers to it in its first line, ``#:schema PATH``. The schema covers a single file, which may
+inherit other values, so no table or key is required except within lists, which are never merged. Rules across tables
+are checked by ``toolkit validate`` only.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from toolkit.metrics import EXPECTED_METRICS
+from toolkit.plugins import PREFIX, Plugin
 from toolkit.recipe import catalog
 from toolkit.recipe.base import NAME_PATTERN, PLUGIN_PATTERN
 from toolkit.recipe.catalog_checks import OWN_MODEL_KEYS
@@ -29,8 +32,8 @@ NAME_PATTERN_ECMA = r"^[^\s_.+=,@/\\-]([ .]?[^\s./\\])*$"
 JSON_TYPES = {"text": "string", "number": "number", "integer": "integer", "boolean": "boolean", "array": "array"}
 
 
-def recipe_schema() -> Schema:
-    """Return the schema of a recipe file (Draft 7, without references)."""
+def recipe_schema(plugins: Iterable[Plugin] = ()) -> Schema:
+    """Return the schema of a recipe file (Draft 7, without references), with the names and arguments of plugins."""
     raw = Recipe.model_json_schema()
     schema = _plain(raw, raw.get("$defs", {}), in_list=False)
     tables = schema["properties"]
@@ -39,6 +42,8 @@ def recipe_schema() -> Schema:
     for split in ("train", "validation", "test"):
         _name_transforms(tables["augment"]["properties"][split]["items"])
     tables["expected_metrics"]["propertyNames"] = {"enum": list(EXPECTED_METRICS)}
+    for plugin in plugins:
+        _name_plugin(tables, plugin)
     extends = {"type": "string", "minLength": 1, "description": "Recipe to inherit from, relative to this file."}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -50,9 +55,9 @@ def recipe_schema() -> Schema:
     }
 
 
-def schema_text() -> str:
+def schema_text(plugins: Iterable[Plugin] = ()) -> str:
     """Return the text of recipe.schema.json: indented, with lists of plain values on one line."""
-    text = json.dumps(recipe_schema(), indent=1, ensure_ascii=False)
+    text = json.dumps(recipe_schema(plugins), indent=1, ensure_ascii=False)
     return re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\n\s*", " ", match.group()), text) + "\n"
 
 
@@ -126,17 +131,65 @@ def _name_transforms(entry: Schema) -> None:
     own = list(entry["properties"])
     _or_plugin(entry["properties"]["name"], list(transforms))
     entry["allOf"] = [
-        _when(
-            "name",
-            [name],
-            {
-                "properties": {key: _argument(info) for key, info in arguments.items()},
-                "propertyNames": {"enum": [*own, *arguments]},
-                "required": [key for key, info in arguments.items() if info["required"]],
-            },
-        )
+        _when("name", [name], _arguments(arguments, own) | _required(arguments))
         for name, arguments in transforms.items()
     ]
+
+
+def _name_plugin(tables: Schema, plugin: Plugin) -> None:
+    """Add a plugin's name, for completion, and the arguments that it takes if a file selects it.
+
+    Other names of plugins remain valid.
+    """
+    name, arguments = PREFIX + plugin.name, {"args": _arguments(plugin.arguments, takes_any=plugin.takes_any)}
+    match plugin.kind:
+        case "model" | "dataset":
+            table, key = (tables["model"], "source") if plugin.kind == "model" else (tables["data"], "dataset")
+            _add_name(table["properties"], "name", plugin.name)
+            selected = {"properties": {key: {"enum": ["plugin"]}, "name": {"enum": [plugin.name]}}}
+            rule = {"if": selected | {"required": [key, "name"]}, "then": {"properties": arguments}}
+            table.setdefault("allOf", []).append(rule)
+        case "optimizer" | "schedule":
+            table = tables["optimizer" if plugin.kind == "optimizer" else "scheduler"]
+            _add_name(table["properties"], "name", name)
+            table.setdefault("allOf", []).append(_when("name", [name], {"properties": arguments}))
+        case "loss":
+            table = tables["train"]
+            _add_name(table["properties"], "loss", name)
+            then = {"properties": {"loss_args": arguments["args"]}}
+            built_in = table["properties"]["loss_args"]["properties"]
+            for argument in plugin.arguments.keys() & built_in.keys():
+                built_in[argument] = {"anyOf": [built_in[argument], _argument(plugin.arguments[argument])]}
+            table.setdefault("allOf", []).append(_when("loss", [name], then))
+        case "transform":
+            for split in ("train", "validation", "test"):
+                entry = tables["augment"]["properties"][split]["items"]
+                own = list(entry["properties"])
+                _add_name(entry["properties"], "name", name)
+                then = _arguments(plugin.arguments, own, takes_any=plugin.takes_any) | _required(plugin.arguments)
+                entry["allOf"].append(_when("name", [name], then))
+        case "metric":
+            _add_name(tables["train"]["properties"]["metrics"], "items", name)
+            for table, key in (("train", "best_metric"), ("scheduler", "metric"), ("early_stopping", "metric")):
+                _add_name(tables[table]["properties"], key, f"val/{plugin.name}")
+
+
+def _add_name(properties: Schema, key: str, name: str) -> None:
+    """Add a name to those that editors complete for a key."""
+    if "anyOf" not in properties[key]:
+        about = {one: properties[key].pop(one) for one in ("description", "default") if one in properties[key]}
+        properties[key] = about | {"anyOf": [{"enum": []}, properties[key]]}
+    properties[key]["anyOf"][0]["enum"].append(name)
+
+
+def _arguments(arguments: Schema, other: Iterable[str] = (), *, takes_any: bool = False) -> Schema:
+    """Return the schema of a table with arguments, as the catalog describes them, and with ``other`` keys."""
+    found: Schema = {"properties": {key: _argument(info) for key, info in arguments.items()}}
+    return found if takes_any else found | {"propertyNames": {"enum": [*other, *arguments]}}
+
+
+def _required(arguments: Schema) -> Schema:
+    return {"required": [key for key, info in arguments.items() if info["required"]]}
 
 
 def _argument(info: dict[str, Any]) -> Schema:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from toolkit.metrics import EXPECTED_METRICS, is_measured, measures_of, metric_of
+from toolkit.metrics import EPOCH_METRICS, EXPECTED_METRICS, METRICS, is_measured, measures_of, metric_of, plugin_of
+from toolkit.plugins import PREFIX
 from toolkit.recipe.diagnostics import Issue, error, warning
+from toolkit.recipe.earlier_versions import renamed_metric
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
+from toolkit.recipe.type_descriptions import shown
+from toolkit.similar_names import did_you_mean
 
 
 def task(recipe: Recipe) -> Iterator[Issue]:
@@ -35,6 +39,21 @@ def task(recipe: Recipe) -> Iterator[Issue]:
             yield error(key, text, "task.kind", hint=f"available metrics: {', '.join(measures_of(kind))}")
 
 
+def unknown_metrics(recipe: Recipe) -> Iterator[Issue]:
+    """Check that the metrics which are not built in are those of a plugin in ``train.metrics``."""
+    own = recipe.train.own_metrics
+    for key, name in _metrics_of(recipe):
+        if (plugin := plugin_of(name)) is None or plugin in own:
+            continue
+        known = EPOCH_METRICS if "/" in name else tuple(METRICS)
+        if (new := renamed_metric(name)) in known:
+            hint: str | None = f"renamed to {toml_value(new)}"
+        else:
+            similar = [*known, *(name.removesuffix(plugin) + one for one in own)]
+            hint = did_you_mean(name, similar, otherwise=f'or add "{PREFIX}{plugin}" to train.metrics, if it is yours')
+        yield error(key, f"the run has no metric {shown(name)}", "train.metrics", hint=hint)
+
+
 def _metrics_of(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """Yield every metric in a recipe, with the key that contains it."""
     if recipe.train.best_metric != "last":
@@ -52,6 +71,9 @@ def _metrics_of(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("study", "output", "per_epoch"), output.per_epoch
     for index, name in enumerate(output.columns):
         yield ("study", "output", "columns", index), name
+    for index, row in enumerate(recipe.study.rows):
+        for name in row.published:
+            yield ("study", "rows", index, "published", name), name
     for index, claim in enumerate(recipe.study.claims):
         yield ("study", "claims", index, "metric"), claim.metric
     if recipe.study.bohb is not None:

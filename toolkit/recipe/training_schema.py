@@ -210,7 +210,8 @@ class TrainConfig(ConfigModel):
     metrics: list[PluginName] = Field(
         [],
         description="Plugin metrics that are also computed, for the validation images after each epoch and for the "
-        "test images: val/NAME in metrics.jsonl and test_NAME in summary.json.",
+        "test images: val/NAME in metrics.jsonl and test_NAME in summary.json. Keys that take a "
+        "metric also take these.",
     )
     class_weights: Literal["none", "balanced"] | list[Weight] | dict[str, Weight] = Field(
         "none",
@@ -260,6 +261,11 @@ class TrainConfig(ConfigModel):
             return dict(dump(self))
         content: dict[str, Any] = dump(self.model_copy(update={"loss_args": LossConfig()}))
         return content | ({"loss_args": self.loss_args.given} if "loss_args" in content else {})
+
+    @property
+    def own_metrics(self) -> list[str]:
+        """Names of the plugins in ``metrics``."""
+        return [name.removeprefix("plugin:") for name in self.metrics]
 
     @property
     def min_accum_steps(self) -> int:

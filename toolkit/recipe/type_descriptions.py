@@ -11,6 +11,8 @@ from pydantic.fields import FieldInfo
 
 from toolkit.recipe.base import (
     NAME_PATTERN,
+    PLUGIN_COLUMN,
+    PLUGIN_METRIC,
     PLUGIN_PATTERN,
     REGISTRY,
     SLURM_FEATURES,
@@ -29,6 +31,8 @@ PATTERNS = {
     NAME_PATTERN: "text that starts with a letter or digit, followed by letters, digits and _+=,@-, with "
     "single spaces and dots between them, at most 100 characters",
     PLUGIN_PATTERN: '"plugin:NAME"',
+    PLUGIN_METRIC: '"val/NAME" of a plugin in train.metrics',
+    PLUGIN_COLUMN: '"val_NAME" or "test_NAME" of a plugin in train.metrics',
     REGISTRY: "the name of a registry, or registry/collection; letters, digits and _.-",
     SLURM_WORD: "text of letters, digits and _.,@+-",
     SLURM_FEATURES: "text of letters, digits and _.,:&|*()[]@+-",

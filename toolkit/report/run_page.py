@@ -15,7 +15,7 @@ from PIL import Image
 from toolkit.evaluations import Evaluation
 from toolkit.expectations import check_expectations
 from toolkit.formatting import duration, plural
-from toolkit.metrics import METRICS, Metric, headline, metric_of
+from toolkit.metrics import Metric, headline, metric_of, metrics_in
 from toolkit.report.html import (
     HtmlCell,
     HtmlRow,
@@ -165,7 +165,7 @@ def _costs(summary: Record) -> Iterator[SummaryCard]:
 def _measured(data: RunData, *splits: str) -> list[Metric]:
     """Return the metrics of the best model on ``splits`` that are computed for the run's kind of task."""
     kind = "multi_label" if data.is_multi_label else "single_label"
-    best = [metric for metric in METRICS.values() if metric.model == "best" and metric.split in splits]
+    best = [metric for metric in metrics_in(data.summary or {}) if metric.model == "best" and metric.split in splits]
     return [metric for metric in best if kind in metric.measure.tasks]
 
 

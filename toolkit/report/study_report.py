@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from toolkit.errors import UserError
 from toolkit.formatting import duration
-from toolkit.metrics import METRICS, curves_of, headline, higher_is_better, metric_of
+from toolkit.metrics import curves_of, headline, higher_is_better, metric_of
 from toolkit.report.html import HtmlCell, HtmlRow, HtmlTable, integer, metric_cell, name, write_page
 from toolkit.report.learning_curves import points
 from toolkit.report.plot_style import page_svg, plot_style, save
@@ -179,13 +179,13 @@ def _run_table(found: StudyResults, folder: Path) -> HtmlTable:
             HtmlCell(result.state),
             integer(len(result.epochs)),
             metric_cell(metric_of(metric), result.best(metric)),
-            *(metric_cell(METRICS[key], result.metrics.get(key)) for key in (test, "seconds")),
+            *(metric_cell(metric_of(key), result.metrics.get(key)) for key in (test, "seconds")),
             _link(result, folder),
         ]
         rows.append(HtmlRow(cells, result.state))
     states = dict.fromkeys(result.state for result in found.results)
     buttons = [("all", ""), *((state, state) for state in states)] if len(states) > 1 else []
-    head = ["row", "seed", "state", "epochs", f"best {metric}", METRICS[test].label, "training time, s", "run"]
+    head = ["row", "seed", "state", "epochs", f"best {metric}", metric_of(test).label, "training time, s", "run"]
     return HtmlTable(head, rows, (1, 3, 4, 5, 6), buttons=buttons)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Container
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.metrics import METRICS
+from toolkit.metrics import metrics_in
 from toolkit.report.run_data import RunData, load_run_data
 from toolkit.report.wandb_report import curve_panels, on_server, open_library, save_report, server_errors
 from toolkit.runs import Run
@@ -50,7 +50,7 @@ def create_wandb_run_report(run: Run) -> str:
 def _metrics(data: RunData) -> TextTable:
     """Return a table of the metrics of the best and the last model; without values for an unfinished run."""
     best, last = (data.summary[model] if data.summary else {} for model in ("best", "last"))
-    shown = [metric for metric in METRICS.values() if metric.model == "best" and metric.key in best]
+    shown = [metric for metric in metrics_in(data.summary or {}) if metric.model == "best" and metric.key in best]
     rows = [("epoch", str(best["epoch"]), str(last["epoch"]))] if data.summary else []
     for metric in shown:
         measure = metric.measure

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from toolkit.metrics import MEASURES, METRICS, SPLITS
+from toolkit.metrics import MEASURES, SPLITS, metric_of
 from toolkit.study.results import ResultRow
 from toolkit.study.text_table import MISSING, TextTable, number
 
@@ -33,7 +33,7 @@ def agreements(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[Agreem
     found = []
     for column in columns:
         compared = [r for r in rows if not r.not_comparable and column in r.published and column in r.metrics]
-        if len(compared) > 1 and METRICS[column].measure in MEASURES.values():
+        if len(compared) > 1 and metric_of(column).model:
             found.append(_agreement(column, compared))
     return found
 
@@ -63,9 +63,9 @@ def _noise(row: ResultRow, column: str) -> tuple[float, str] | None:
         return measured.std, "seeds"
     if published is not None and published.std is not None:
         return published.std, "published seeds"
-    split = SPLITS[METRICS[column].split][0]
+    split = SPLITS[metric_of(column).split][0]
     images = next((r.images[split] for r in row.finished if r.images.get(split)), 0)
-    if METRICS[column].measure != MEASURES["accuracy"] or split == "training" or not images:
+    if metric_of(column).measure != MEASURES["accuracy"] or split == "training" or not images:
         return None
     return math.sqrt(measured.mean * (1 - measured.mean) / images), f"{split} images"
 
@@ -86,7 +86,7 @@ def build_agreement_table(found: Sequence[Agreement]) -> TextTable:
     head = ["column", "rows", "rank correlation", "mean abs. diff.", "within noise", "noise from"]
     rows = [
         [
-            METRICS[one.metric].heading,
+            metric_of(one.metric).heading,
             str(one.rows),
             number("val_loss", one.rank_correlation, signed=True),
             number(one.metric, one.mean_difference, mean=True),

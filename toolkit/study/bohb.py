@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from toolkit.errors import UserError
+from toolkit.metrics import higher_is_better
 from toolkit.recipe.study_schema import BohbSearchConfig
 from toolkit.study.optuna_tpe import TrialHistory, optuna_study, suggest, tpe_sampler
 from toolkit.study.search_space import MAX_MISSES, SearchSpace
@@ -79,7 +80,7 @@ class BohbScheduler:
         self.table, self.space = table, space
         self.budgets = budgets(table.min_epochs, table.max_epochs, table.eta)
         self.brackets = bracket_sizes(table)
-        self.maximise = table.metric != "val/loss"
+        self.maximise = higher_is_better(table.metric)
         self.trials: list[Trial] = []
         self.is_used_up = False
         """Whether every configuration of the space has been tried."""

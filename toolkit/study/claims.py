@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from toolkit.errors import UserError
-from toolkit.metrics import METRICS, higher_is_better
+from toolkit.metrics import higher_is_better, metric_of
 from toolkit.recipe.study_schema import Claim, StudyConfig
 from toolkit.study.directory import StudyDirectory
 from toolkit.study.results import RunResult
@@ -216,7 +216,7 @@ def build_claims_table(judged: Sequence[JudgedClaim], confidence: float) -> Text
         effect = number(claim.metric, found.effect, signed=True, mean=True)
         needed = MISSING if found.needed is None or one.verdict != "undecidable" else str(found.needed)
         intervals = [interval_text(claim.metric, found.over_seeds), interval_text(claim.metric, found.over_images)]
-        heading = METRICS[claim.metric].heading
+        heading = metric_of(claim.metric).heading
         cells = [claim.statement, one.verdict, heading, found.than, effect, found.runs or MISSING, *intervals, needed]
         rows.append(cells)
         if claim.source or found.reason:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from toolkit.errors import UserError
-from toolkit.metrics import METRICS
+from toolkit.metrics import metric_of
 from toolkit.study.results import ResultRow, nearest
 from toolkit.study.significance import PairedComparison, compare
 from toolkit.study.text_table import MINUS, TextTable, interval_text, number, p_value
@@ -26,7 +26,7 @@ def compare_rows(
     found = {}
     for column in columns:
         pairs = [(a[s][column], b[s][column]) for s in shared if column in a[s] and column in b[s]]
-        if pairs and METRICS[column].measure.varies:
+        if pairs and metric_of(column).measure.varies:
             found[column] = compare([x for x, _ in pairs], [y for _, y in pairs], confidence)
     return found
 
@@ -51,7 +51,7 @@ def build_comparison_table(found: dict[str, PairedComparison], first: str, secon
     head = ["metric", "pairs", "mean difference", interval, "t-test p", "permutation p"]
     cells = [
         [
-            METRICS[column].heading,
+            metric_of(column).heading,
             str(comparison.difference.n),
             number(column, comparison.difference.mean, signed=True, mean=True),
             interval_text(column, comparison.difference.interval),

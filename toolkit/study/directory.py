@@ -26,6 +26,7 @@ from pydantic import ConfigDict, Field
 
 from toolkit.errors import UserError
 from toolkit.locks import Lock, is_held, try_acquire
+from toolkit.metrics import set_direction
 from toolkit.reading import Shape, UnreadableFile, check_shape, read_json
 from toolkit.recipe.earlier_versions import update_study
 from toolkit.recipe.study_schema import StudyConfig
@@ -93,6 +94,7 @@ class _Study(Shape):
     name: str
     file: str
     study: dict[str, Any]
+    lower_is_better: list[str] = Field([])
     assumptions: dict[str, str] = Field({})
     search: dict[str, Any] | None
     complete: bool
@@ -147,9 +149,12 @@ class StudyDirectory:
 
     @property
     def table(self) -> StudyConfig:
-        """The [study] table of its file."""
+        """The [study] table of its file. Reading it sets the direction of plugins' metrics, which may not be loaded."""
+        record = self.record
+        for name in record.get("lower_is_better", []):
+            set_direction(name, higher_is_better=False)
         try:
-            return StudyConfig.model_validate(self.record["study"])
+            return StudyConfig.model_validate(record["study"])
         except ValueError as error:
             raise UnreadableFile(self.path / FILE, error) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from toolkit.metrics import METRICS, higher_is_better, metric_of
+from toolkit.metrics import higher_is_better, metric_of
 from toolkit.recipe.study_schema import StudyConfig
 from toolkit.study.results import ResultRow
 from toolkit.study.study_results import StudyResults
@@ -79,7 +79,10 @@ def _marked_table(
         if best + 1 < len(curve) and sign * curve[best + 1] < sign * curve[best]:
             cells[best + 1] = f"{DECLINE}{cells[best + 1]}"
     if any(value is not None for value in test_accuracies.values()):
-        last = [METRICS["test_accuracy"].heading, *(number("test_accuracy", test_accuracies[name]) for name in curves)]
+        last = [
+            metric_of("test_accuracy").heading,
+            *(number("test_accuracy", test_accuracies[name]) for name in curves),
+        ]
         for (_, cells, _), cell in zip(columns, last, strict=True):
             cells.append(cell)
     legend = f"{BEST}: the best epoch of the column; {DECLINE}: the epoch after it, if it is worse."

@@ -19,6 +19,7 @@ from toolkit.recipe.load import LoadedRecipe, located, read_sources, resolve
 from toolkit.recipe.resolve import leaves, recipe_hash, with_defaults
 from toolkit.recipe.schema import Recipe
 from toolkit.recipe.study_schema import PublishedMean, PublishedMetrics, PublishedResults, StudyConfig, StudyRow
+from toolkit.recipe.task_checks import unknown_metrics
 from toolkit.recipe.toml_positions import KeyPath, Span
 from toolkit.recipe.validation import validate
 from toolkit.study.directory import FOLD, StudyRun
@@ -178,6 +179,7 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     )
     study = StudySpec(name, bare, merged, recipe.study, with_defaults(recipe), last or None)
     issues_in_study = list(check_study(study.table, merged.data["study"], study.base_values))
+    issues_in_study += [issue for issue in unknown_metrics(study.base) if issue.path[:1] == STUDY]
     if issues_in_study:
         raise RecipeError(located(issues_in_study, merged, name))
     return study

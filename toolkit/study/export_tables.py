@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.metrics import METRICS
+from toolkit.metrics import metric_of
 from toolkit.study.agreement import Agreement, agreements, build_agreement_table
 from toolkit.study.claims import JudgedClaim, build_claims_table, claim_records
 from toolkit.study.compare import build_comparison_table, comparison_records
@@ -28,7 +28,7 @@ def main_table(found: StudyResults) -> TextTable:
         return table
     shown, count = len(table.rows), len(found.trials or found.rows)
     cut = f"; the first {shown} of {count} rows" if shown < count else ""
-    note = f"Sorted by {METRICS[found.options.sort].heading}, the best first{cut}."
+    note = f"Sorted by {metric_of(found.options.sort).heading}, the best first{cut}."
     return replace(table, notes=[note, *table.notes])
 
 

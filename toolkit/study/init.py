@@ -16,6 +16,7 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.locks import held, try_acquire
+from toolkit.plugins import find
 from toolkit.recipe import Recipe, diff, recipe_hash, resolved_toml
 from toolkit.recipe.diagnostics import dotted
 from toolkit.recipe.resolve import resolved_content
@@ -70,6 +71,7 @@ def study_record(study: StudySpec, *, complete: bool) -> dict[str, Any]:
         "name": study.name,
         "file": os.path.abspath(study.path),
         "study": study.table.model_dump(),
+        "lower_is_better": [name for name in study.base.train.own_metrics if not find("metric", name).higher_is_better],
         "assumptions": study.base.assumptions,
         "search": search_of(study),
         "complete": complete,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.metrics import METRICS, best_of, higher_is_better
+from toolkit.metrics import best_of, higher_is_better, metrics_in
 from toolkit.recipe.study_schema import StudyConfig
 from toolkit.similar_names import did_you_mean
 from toolkit.study.directory import FOLD, RunState, StudyDirectory, StudyRun, failure_of
@@ -28,7 +28,7 @@ class RunResult:
     member: StudyRun
     state: RunState
     metrics: dict[str, float] = field(default_factory=dict)
-    """The :data:`~toolkit.metrics.METRICS` that the run has; empty unless it is finished."""
+    """The metrics of the run (:func:`toolkit.metrics.metrics_in`); empty unless it is finished."""
     epochs: list[dict[str, Any]] = field(default_factory=list)
     """Records of the epochs trained so far, finished or not."""
     images: dict[str, int] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def read_result(folder: StudyDirectory, member: StudyRun) -> RunResult:
         return RunResult(
             member,
             state,
-            {name: value for name, metric in METRICS.items() if (value := metric.read(summary, epochs)) is not None},
+            {m.name: value for m in metrics_in(summary) if (value := m.read(summary, epochs)) is not None},
             epochs,
             {str(name): int(count) for name, count in summary.get("images", {}).items()},
         )
@@ -175,8 +175,9 @@ def _rank(row: ResultRow, metric: str) -> tuple[float, ...]:
 
 
 def _estimates(group: Sequence[RunResult], confidence: float) -> dict[str, MeanWithInterval]:
-    values = {metric: [r.metrics[metric] for r in group if metric in r.metrics] for metric in METRICS}
-    return {metric: estimate(found, confidence) for metric, found in values.items() if found}
+    names = dict.fromkeys(name for result in group for name in result.metrics)
+    values = {name: [r.metrics[name] for r in group if name in r.metrics] for name in names}
+    return {name: estimate(found, confidence) for name, found in values.items()}
 
 
 def _grouping(results: Sequence[RunResult], by: Sequence[str]) -> Callable[[RunResult], str]:

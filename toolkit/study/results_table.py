@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from toolkit.metrics import METRICS
+from toolkit.metrics import metric_of
 from toolkit.study.results import ResultRow
 from toolkit.study.significance import welch
 from toolkit.study.study_results import StudyResults
@@ -18,7 +18,7 @@ def build_results_table(found: StudyResults) -> TextTable:
     if any(len(row.results) > 1 for row in found.rows):
         columns.append(Column("runs", [_count(row) for row in rows]))
     for metric in found.columns:
-        columns.append(Column(METRICS[metric].heading, [_measured(row, metric, found) for row in rows]))
+        columns.append(Column(metric_of(metric).heading, [_measured(row, metric, found) for row in rows]))
         if _is_compared(found, metric):
             columns.append(Column("published", [_published(row, metric) for row in rows]))
             if not found.table.not_comparable:
@@ -38,7 +38,7 @@ def _measured(row: ResultRow, metric: str, found: StudyResults) -> str:
     if measured is None:
         return MISSING
     mean = number(metric, measured.mean, mean=measured.n > 1)
-    if measured.std is None or not METRICS[metric].measure.varies:
+    if measured.std is None or not metric_of(metric).measure.varies:
         return mean
     if found.options.intervals:
         return f"{mean} {interval_text(metric, measured.interval, signed=False)}"
@@ -67,7 +67,7 @@ def _against_several(row: ResultRow, column: str, confidence: float) -> list[str
     published, found = row.published_spread.get(column), row.metrics.get(column)
     if published is None or row.not_comparable:
         return []
-    what = f"{row.name}, {METRICS[column].heading}: the published mean is over {published.n} runs"
+    what = f"{row.name}, {metric_of(column).heading}: the published mean is over {published.n} runs"
     if found is None:
         return [f"{what}."]
     test = welch(found, published)

@@ -88,11 +88,12 @@ def read_outcomes(folder: StudyDirectory, options: TableOptions) -> StudyResults
     """Read the results of the study in ``folder``. Raises UserError if it is missing or a column or key is unknown."""
     table, results = folder.table, read_results(folder)
     columns = options.columns or _measured(table.output.columns, results)
+    known = dict.fromkeys([*METRICS, *table.output.columns, *(name for result in results for name in result.metrics)])
     for column in columns:
-        if column not in METRICS:
-            raise UserError(f"--columns {column}: there is no such metric{nearest(column, METRICS)}")
-    if options.sort is not None and options.sort not in METRICS:
-        raise UserError(f"--sort {options.sort}: there is no such column{nearest(options.sort, METRICS)}")
+        if column not in known:
+            raise UserError(f"--columns {column}: there is no such metric{nearest(column, known)}")
+    if options.sort is not None and options.sort not in known:
+        raise UserError(f"--sort {options.sort}: there is no such column{nearest(options.sort, known)}")
     if options.sort is None and options.top is not None:
         options = replace(options, sort=metric_of(table.output.best_by).name)
     if options.sort is not None and options.sort not in columns:
@@ -115,6 +116,6 @@ def _measured(columns: Sequence[str], results: Sequence[RunResult]) -> Sequence[
     finished = [result for result in results if result.is_finished]
 
     def has(column: str) -> bool:
-        return METRICS[column].split not in ("val", "test") or any(column in result.metrics for result in finished)
+        return metric_of(column).split not in ("val", "test") or any(column in result.metrics for result in finished)
 
     return [column for column in columns if has(column)] if finished else columns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolkit.metrics import METRICS, metric_of
+from toolkit.metrics import metric_of
 from toolkit.study.results import short_key, short_value, varied_keys
 from toolkit.study.study_results import StudyResults
 from toolkit.study.text_table import MISSING, Column, TextTable, number
@@ -21,9 +21,9 @@ def build_trial_table(found: StudyResults) -> TextTable:
         ),
         Column("state", [trial.result.state for trial in trials], is_left=True),
         Column("epochs", [str(trial.epochs) for trial in trials]),
-        Column(METRICS[sought].heading, [number(sought, trial.value) for trial in trials]),
+        Column(metric_of(sought).heading, [number(sought, trial.value) for trial in trials]),
         *(
-            Column(METRICS[metric].heading, [number(metric, trial.measured(metric)) for trial in trials])
+            Column(metric_of(metric).heading, [number(metric, trial.measured(metric)) for trial in trials])
             for metric in found.columns
             if metric not in (sought, "epochs")
         ),

@@ -152,7 +152,8 @@ def load_model(path: str | os.PathLike[str], *, model: Object | None = None) -> 
     """Load the model of a run directory, a run's ``checkpoints`` folder, or any folder with model.json and weights.
 
     ``model``: the factory of a model that :func:`fit` was given. Raises UserError if a file is missing or damaged, if
-    the two do not belong together, or if the model is a plugin that is not loaded.
+    the two do not belong together, if the model is a plugin that is not loaded, or if ``model`` is given for another
+    model.
     """
     folder = _model_folder(Path(path))
     weights = _weights_in(folder)
@@ -171,6 +172,8 @@ def load_model(path: str | os.PathLike[str], *, model: Object | None = None) -> 
         task, recipe = task_from_dict(card.get("task"), len(classes)), str(card["recipe"])
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableFile(folder / "model.json", error) from None
+    if model is not None and table.source != "plugin":
+        raise UserError(f"the model of {folder} is {table.name} of {table.source}, not a plugin: leave out model=...")
     plugin_note = None if table.source != "plugin" else _prepare_plugin(folder, table, card.get("plugin"), model)
     size = in_training.image_size
     try:
@@ -200,7 +203,7 @@ def _prepare_plugin(
         module = record.get("loaded_with") or record.get("file") or "MODULE"
         raise UserError(
             f"the model of {folder} is the plugin {table.name!r} of {record.get('file') or 'your own code'}: load it "
-            f"with --plugin {module}, or give the function that builds it to load_model(model=...)"
+            f"with --plugin {module}, or give the function that builds it to open_run or load_model with model=..."
         )
     if record.get("sha256") == find("model", table.name).record["sha256"]:
         return None
