@@ -23,7 +23,9 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 ELSEWHERE = {
     r"toolkit new .*": "test_new_recipe.py::test_",
     r"toolkit train (digits_png|caltech101)\.toml": "test_new_recipe.py::test_",
-    r"toolkit plugins( \[PATTERN\])?|toolkit models --plugins": "test_plugin_commands.py::test_plugins_are_listed_with_their_arguments",
+    r"toolkit plugins( \[PATTERN\])?|toolkit models --plugins": (
+        "test_plugin_commands.py::test_plugins_are_listed_with_their_arguments"
+    ),
     r"toolkit train (flowers|DATA|digits\.toml|digits_png|caltech101)": (
         "test_train_data.py::test_a_folder_is_trained_and_its_recipe_kept"
     ),
