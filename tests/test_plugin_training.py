@@ -17,11 +17,13 @@ from trainers import Trainers, at_call, kill_self, only_run, outcome, uninterrup
 from toolkit import fit, load_model, open_run, plugins
 from toolkit.errors import UserError
 from toolkit.models.build import build_model
+from toolkit.models.transfer import apply_transfer
 from toolkit.recipe import Recipe, RecipeError, loads_recipe
-from toolkit.recipe.schema import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
+from toolkit.recipe.schema import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig, TransferConfig
 from toolkit.runs import Run
 from toolkit.training.losses import check_loss, plugin_loss, training_loss
 from toolkit.training.lr_schedule import check_schedule, learning_rate
+from toolkit.training.model_checks import check_gradients
 from toolkit.training.optimizer import build_optimizer
 from toolkit.training.train_step import TrainStep
 
@@ -365,6 +367,67 @@ def test_dropout_layers_are_keyed_and_other_randomness_is_reported(write_module:
     (sentence,) = run.summary["not_exact"]
     assert "draws random numbers that are not keyed by example: aten.randn_like" in sentence
     assert "warning: Noisy draws random numbers" in run.log_file.read_text()
+
+
+class Unused(nn.Module):
+    """Its forward does not use ``aux`` at all, and cuts off the gradient of ``scale``."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 32 * 32, num_classes)
+        self.aux = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(images.flatten(1)) * self.scale.detach()
+        return found
+
+
+def test_parameters_without_a_gradient_are_named_before_training(write_module: WriteModule, tmp_path: Path) -> None:
+    run = fit(small(tmp_path, "train.epochs=1"), model=Unused, quiet=True)
+    text = (
+        "parameters of Unused that are to be trained cannot be, because the logits do not depend on them: scale, aux.*"
+    )
+    assert f"warning: 3 {text}. On several processes" in run.log_file.read_text()
+
+    def check(processes: int, **settings: Any) -> list[str]:
+        """Return the lines that are logged."""
+        built = build_model(run.recipe.model, 10, 3, 32)
+        logged: list[str] = []
+        transfer = apply_transfer(built, TransferConfig(**settings))
+        check_gradients(transfer, "Unused", 3, (32, 32), processes, logged.append)
+        return logged
+
+    with pytest.raises(UserError, match=re.escape(text)) as caught:
+        check(2)
+    assert 'freeze them, transfer.freeze = ["scale", "aux.*"], or remove them from the model' in str(caught.value)
+    assert check(2, freeze=["scale", "aux.*"]) == []
+    assert check(2, mode="linear_probe") == []
+    with pytest.raises(UserError, match=r"2 parameters of Unused .*: aux"):
+        check(2, mode="gradual", unfreeze_at=[5], freeze=["scale"])
+
+
+def test_logits_that_depend_on_the_batch_are_said_in_log_and_summary(write_module: WriteModule, tmp_path: Path) -> None:
+    class Centered(nn.Module):
+        def __init__(self, num_classes: int) -> None:
+            super().__init__()
+            self.head = nn.Linear(3 * 32 * 32, num_classes)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.head((images - images.mean(0)).flatten(1))
+            return found
+
+    class Squeezed(Centered):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.head(images.squeeze().flatten(1))
+            return found
+
+    run = fit(small(tmp_path, "train.epochs=1"), model=Centered, quiet=True)
+    (sentence,) = run.summary["not_exact"]
+    assert "the logits of Centered for an image depend on the other images of its batch" in sentence
+    assert f"warning: {sentence}" in run.log_file.read_text()
+    with pytest.raises(UserError, match="Squeezed fails in evaluation for a batch of one image"):
+        fit(small(tmp_path), model=Squeezed, quiet=True)
 
 
 def losses(function: Callable[..., torch.Tensor]) -> str | None:

@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_leaves
 from toolkit.models.keyed_dropout import can_be_keyed
 from toolkit.recipe.image_size import Size
 
+ROUNDING = 1e-3
+"""Differences between logits that rounding can cause, relative to the largest logit; usual ones are below 1e-5."""
+
 
 @dataclass(frozen=True)
 class DryForwardResult:
@@ -52,6 +55,38 @@ def input_shape(module: nn.Module, name: str, channels: int, image_size: Size) -
     finally:
         hook.remove()
     return shapes[0]
+
+
+def without_gradient(module: nn.Module, channels: int, image_size: Size) -> set[str]:
+    """Return the names of the parameters, trained or frozen, on which the logits do not depend in training mode."""
+    try:
+        return _without_gradient_on(torch.device("meta"), module, channels, image_size)
+    except Exception:  # as in probe
+        return _without_gradient_on(torch.device("cpu"), module, channels, image_size)
+
+
+def depends_on_batch(module: nn.Module, channels: int, image_size: Size) -> bool:
+    """Return whether the logits of an image depend on the other image of its batch in evaluation mode.
+
+    Computes the logits of two images, together and alone. Raises whatever the model raises.
+    """
+    images = torch.randn(2, channels, *image_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), _without_dropout(module, training=False), torch.random.fork_rng(devices=[]):
+        together, alone = module(images), torch.cat([module(image) for image in images.split(1)])
+    return bool((together - alone).abs().max() > ROUNDING * together.abs().max())
+
+
+def _without_gradient_on(device: torch.device, module: nn.Module, channels: int, image_size: Size) -> set[str]:
+    images = torch.zeros(2, channels, *image_size, device=device)
+    with (
+        torch.enable_grad(),
+        _without_dropout(module, training=True),
+        torch.random.fork_rng(devices=[]),
+        _copies_on(device, module),
+    ):
+        named = {name: copy.requires_grad_() for name, copy in module.named_parameters() if copy.is_floating_point()}
+        gradients = torch.autograd.grad(module(images).sum(), list(named.values()), allow_unused=True)
+    return {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
 
 
 def _probe_on(

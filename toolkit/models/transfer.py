@@ -41,6 +41,17 @@ class Transfer:
         """Names of the parameters that are currently trained."""
         return [name for name, p in self.built.module.named_parameters() if p.requires_grad]
 
+    @property
+    def ever_trained(self) -> list[str]:
+        """Names of the parameters that are trained in some epoch: ``trainable``, and those that are unfrozen later."""
+        due = len(self.table.unfreeze_at) if self.table.mode == "gradual" else 0
+        later = self.stages[:-1][len(self.stages) - 1 - due :]
+        return [
+            name
+            for name, parameter in self.built.module.named_parameters()
+            if parameter.requires_grad or (name not in self.frozen_by_pattern and any(s.holds(name) for s in later))
+        ]
+
     def train_mode(self) -> None:
         """Set trainable modules to training mode and frozen ones to evaluation mode. Call before each training pass."""
         module = self.built.module

@@ -37,6 +37,7 @@ from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.training.console import Console, table
 from toolkit.training.ema import short_run_warning
 from toolkit.training.lr_schedule import check_schedule
+from toolkit.training.model_checks import batch_dependence, check_gradients
 from toolkit.training.single_value_batches import check_single_value_batches
 from toolkit.training.task import Task, build_task, check_label_splits, check_labels
 
@@ -153,6 +154,10 @@ def build_context(
     transfer = apply_transfer(built, recipe.transfer)
     check_sizes(built, recipe.model, channels, sorted({*sizes, evaluated.image_size} - {size}))
     check_single_value_batches(built, transfer, train, count, world, channels, min(sizes, key=math.prod))
+    check_gradients(transfer, recipe.model.name, channels, size, world, display.log)
+    faults = batch_dependence(recipe.model, built, channels, evaluated.image_size)
+    for fault in faults:
+        display.log(f"warning: {fault}")
     stochastic = key_dropout_layers(built.module, recipe.recipe.seed)
     setup = TrainingContext(
         recipe,
@@ -167,7 +172,7 @@ def build_context(
         transfer,
         stochastic,
         bad_images,
-        built.not_exact,
+        [*built.not_exact, *faults],
         drawn,
         train.min_accum_steps,
     )
