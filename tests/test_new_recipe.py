@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 import zipfile
 from collections import Counter
@@ -19,8 +20,10 @@ from PIL import Image
 
 from toolkit.data.datasets import open_dataset
 from toolkit.errors import UserError
+from toolkit.estimate.cpu_time import cpu_time
 from toolkit.estimate.resources import plan
 from toolkit.new_recipe import facts as facts_module
+from toolkit.new_recipe import write
 from toolkit.new_recipe.data_rules import SPLIT
 from toolkit.new_recipe.facts import DataFacts
 from toolkit.new_recipe.machine import Machine, this_machine
@@ -377,6 +380,28 @@ def test_every_rule_has_a_reason_and_a_source() -> None:
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_time_of_training_on_cpus_is_measured_for_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Time on this machine" not in new_recipe("digits", machine=CPU).text
+    monkeypatch.setattr(write, "MANY", 1000)
+    assert "Time on this machine" not in new_recipe("digits", machine=GPU).text
+    found, logged = new_recipe("digits", machine=CPU), []
+    (line,) = [line for line in found.text.splitlines() if line.startswith("# Time on this machine: ")]
+    assert re.fullmatch(rf".*: .*: {found.recipe.train.epochs} epochs, at [\d,]+ images/s without reading them", line)
+    monkeypatch.setattr(write, "HOUR_S", 0)
+    line = new_recipe("digits", machine=CPU, log=logged.append).text.splitlines()[2]
+    assert line.endswith(". Less: toolkit new digits --goal fast")
+    assert line == f"# {logged[-1]}"
+
+
+def test_features_of_a_frozen_network_are_computed_once_in_the_time_of_training() -> None:
+    settings = ['model.source="timm"', 'model.name="test_vit"', "data.image_size=160", 'transfer.mode="linear_probe"']
+    recipe = load("recipes/quickstart.toml", [*settings, "augment.train=[]", 'data.cache="auto"']).recipe
+    seconds, text = cpu_time(recipe, 1)
+    assert "each image once" in text
+    speed = int(re.search(r"at ([\d,]+) images/s", text)[1].replace(",", ""))  # type: ignore[index]
+    assert seconds == pytest.approx(1797 / speed, rel=0.05)
 
 
 def test_the_command_writes_a_recipe_once(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

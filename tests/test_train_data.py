@@ -16,7 +16,7 @@ from image_folders import write_images
 from toolkit.errors import UserError
 from toolkit.new_recipe import training
 from toolkit.new_recipe.training import recipe_for_training
-from toolkit.recipe import loads_recipe
+from toolkit.recipe import loads_recipe, resolved_toml
 from toolkit.runs import Run, create_run, open_run
 
 SETTINGS = ("--set", "train.epochs=1", "--set", "tracking.trackers=[]", "--no-report")
@@ -53,13 +53,31 @@ def unfinished_run(text: str) -> Run:
 
 def test_resuming_uses_the_recipe_of_the_unfinished_run(images: Path) -> None:
     def written(*, resume: bool) -> str:
-        return recipe_for_training(str(images), resume=resume, log=lambda line: None).text
+        return recipe_for_training(str(images), resume="auto" if resume else None, log=lambda line: None).text
 
     new = written(resume=False)
     assert written(resume=True) == new, "there is no run yet"
     unfinished_run(new.replace("batch_size = 8", "batch_size = 4"))
     assert "batch_size = 4" in written(resume=True)
     assert written(resume=False) == new
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["auto", "RUN"])
+def test_resuming_keeps_the_recipe_of_a_run_in_another_folder(images: Path, named: bool) -> None:
+    overrides = ['recipe.run_root="elsewhere"', 'recipe.name="mine"', "train.epochs=1", "tracking.trackers=[]"]
+    written = recipe_for_training(str(images), resume=None, log=lambda line: None).text
+    written = written.replace("batch_size = 8", "batch_size = 4")
+    run = create_run("elsewhere", "mine")
+    run.write_text("recipe.toml", resolved_toml(loads_recipe(written, overrides)))
+    run.write_text("written_recipe.toml", written)
+    before = {path.name: path.read_bytes() for path in run.path.glob("*.toml")}
+    options = [part for override in overrides for part in ("--set", override)]
+    resume = str(run.path) if named else "auto"
+    done = toolkit("train", str(images), *options, "--resume", resume, "--no-report", "--json")
+    assert done.status == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == str(run.path)
+    assert {path.name: path.read_bytes() for path in run.path.glob("*.toml")} == before
+    assert not Path("runs").exists()
 
 
 def test_all_processes_use_the_recipe_of_the_main_one(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +98,7 @@ def test_all_processes_use_the_recipe_of_the_main_one(images: Path, monkeypatch:
 
 def recipe_for_data(argument: str) -> str:
     try:
-        return recipe_for_training(argument, resume=False, log=lambda line: None).text
+        return recipe_for_training(argument, resume=None, log=lambda line: None).text
     except UserError as error:
         return str(error)
 

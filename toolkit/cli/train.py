@@ -59,7 +59,7 @@ def train(
 
     read_process_info()  # rejects invalid launcher variables before anything else reads them
     run_to_resume = resume if resume in (None, "auto") else str(chosen_run(resume))
-    path, written = _recipe_or_data(_recipe_path(recipe, run_to_resume), resume, set_ or [])
+    path, written = _recipe_or_data(_recipe_path(recipe, run_to_resume), run_to_resume, set_ or [])
     loaded = load_recipe(path, set_, text=written)
     if loaded.recipe.study is not None:
         raise UserError(f"{recipe} is a study of many runs: toolkit study {recipe}")
@@ -124,7 +124,7 @@ def _recipe_or_data(path: str, resume: str | None, overrides: list[str]) -> tupl
     """Return the path of a recipe and None; for data, the name and the text of the recipe written for them."""
     if path.lower().endswith(".toml"):
         return path, None
-    from toolkit.new_recipe.source import given_keys, is_data  # imports pydantic, which slows down `toolkit --help`
+    from toolkit.new_recipe.source import is_data  # imports pydantic, which slows down `toolkit --help`
 
     if not is_data(path):
         return path, None
@@ -133,7 +133,7 @@ def _recipe_or_data(path: str, resume: str | None, overrides: list[str]) -> tupl
     def log(line: str) -> None:
         print(line, file=sys.stderr)
 
-    name, text = recipe_for_training(path, given_keys(overrides), resume=resume == "auto", log=log)
+    name, text = recipe_for_training(path, overrides, resume=resume, log=log)
     return f"{name}.toml", text
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from toolkit.distributed.launcher import ProcessInfo, read_process_info
 from toolkit.errors import UserError
-from toolkit.new_recipe.source import find_source
+from toolkit.new_recipe.source import find_source, given_keys
 from toolkit.new_recipe.write import new_recipe
-from toolkit.runs import runs_of
+from toolkit.recipe.layers import parse_overrides
+from toolkit.runs import open_run, runs_of
 
 
 class WrittenRecipe(NamedTuple):
@@ -20,19 +21,20 @@ class WrittenRecipe(NamedTuple):
 
 
 def recipe_for_training(
-    argument: str, given: Mapping[str, Any] | None = None, *, resume: bool, log: Callable[[str], None]
+    argument: str, overrides: Sequence[str] = (), *, resume: str | None, log: Callable[[str], None]
 ) -> WrittenRecipe:
     """Return the recipe for data, the same on all processes that the launcher started (a collective).
 
-    ``given``: see :func:`toolkit.new_recipe.write.new_recipe`. ``resume``: return the recipe of the newest unfinished
-    run on these data, if there is one, because the choices might be different now. Raises UserError, on all processes,
-    if the data cannot be trained on.
+    ``overrides``: arguments of ``--set``; those for [data] say how the data are read. ``resume``: return the recipe of
+    this run, or with "auto" of the newest unfinished one on these data, if there is one, because the choices might be
+    different now. Raises UserError, on all processes, if the data cannot be trained on.
     """
+    given = given_keys(overrides)
     info = read_process_info()
     world = 1 if info is None else info.world
 
     def write() -> WrittenRecipe:
-        kept = _unfinished(argument, given) if resume else None
+        kept = None if resume is None else _kept(argument, given, overrides, resume)
         if kept is not None:
             return kept
         found = new_recipe(argument, processes=world, given=given, log=log)
@@ -41,10 +43,14 @@ def recipe_for_training(
     return write() if info is None or world == 1 else _shared(info, write)
 
 
-def _unfinished(argument: str, given: Mapping[str, Any] | None) -> WrittenRecipe | None:
-    """Return the recipe of the newest unfinished run of these data, None if there is none in runs/."""
+def _kept(argument: str, given: Mapping[str, Any], overrides: Sequence[str], resume: str) -> WrittenRecipe | None:
+    """Return the recipe that was written for a run to be resumed; None if there is no such run, or it has none."""
     name = find_source(argument, given).name
-    kept = (run for run in runs_of("runs", name) if not run.is_finished and run.written_recipe.is_file())
+    folder = {"run_root": "runs", "name": name}
+    for layer in parse_overrides(overrides):
+        folder |= layer.data.get("recipe", {})
+    runs = [open_run(resume)] if resume != "auto" else runs_of(folder["run_root"], folder["name"])
+    kept = (run for run in runs if not run.is_finished and run.written_recipe.is_file())
     run = next(kept, None)
     return None if run is None else WrittenRecipe(name, run.written_recipe.read_text(encoding="utf-8"))
 

@@ -23,6 +23,11 @@ TABLES = ("task", "data", "augment", "model", "model.convnet", "transfer", "opti
           "early_stopping")  # fmt: skip
 """Topics in the order of the file."""
 
+MANY = 20_000
+"""Number of images from which the training time on CPUs is measured: it may be hours."""
+
+HOUR_S = 3600
+
 GPU_SHARE = 0.8
 """Fraction of a GPU's memory that a step may use; the rest is for libraries and fragmentation."""
 
@@ -83,6 +88,9 @@ def new_recipe(
         return recipe_text(facts.source.name, header, choices)
 
     recipe = loads_recipe(text())
+    if not machine.gpus and facts.total >= MANY:
+        header.append(_time_on_cpus(recipe, count, argument, goal))
+        log(header[-1])
     if machine.gpus and recipe.transfer.mode != "linear_probe":
         choices.append(gpu_memory(recipe, machine, count))
     return NewRecipe(facts.source.name, text(), choices, facts, count)
@@ -145,6 +153,17 @@ def _unreadable(facts: DataFacts) -> list[Choice]:
     names = ", ".join(name for name, _ in facts.unreadable[:3])
     why = f"{len(facts.unreadable):,} of {facts.sampled:,} inspected images cannot be read ({names})"
     return [Choice("unreadable", keys, why, "docs/data.md")]
+
+
+def _time_on_cpus(recipe: Recipe, processes: int, argument: str, goal: Goal) -> str:
+    """Return a sentence about the training time, with a faster goal if it is long."""
+    from toolkit.estimate.cpu_time import cpu_time
+
+    seconds, text = cpu_time(recipe, processes)
+    faster = goal != "fast" and seconds > HOUR_S
+    return f"Time on this machine: {text}" + (
+        f". Less: toolkit new {shlex.quote(argument)} --goal fast" if faster else ""
+    )
 
 
 def gpu_memory(recipe: Recipe, machine: Machine, processes: int) -> Choice:

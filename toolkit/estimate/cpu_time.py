@@ -1,0 +1,47 @@
+"""Measure how long training takes on this machine's CPUs, before training."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from toolkit.cache.frozen_features import tail_of
+from toolkit.estimate.resources import plan
+from toolkit.formatting import duration
+from toolkit.models.build import build_model
+from toolkit.models.transfer import apply_transfer
+from toolkit.recipe.schema import Recipe
+
+BATCH = 16
+
+
+def cpu_time(recipe: Recipe, processes: int) -> tuple[float, str]:
+    """Return the seconds that the model needs for all epochs on the CPUs of this machine, and how they were measured.
+
+    A batch of random images goes through the model, with random weights. If all layers but the last ones are frozen,
+    each image needs one forward pass in all epochs, because features are cached. Reading the images is not included.
+    """
+    found = plan(recipe, processes)
+    size, channels, images = found.preprocessing.image_size, found.preprocessing.channels, found.contents.images
+    assert images is not None, "the data were opened to write the recipe"
+    built = build_model(recipe.model, found.contents.classes, channels, size, load_weights=False)
+    is_frozen = tail_of(recipe, apply_transfer(built, recipe.transfer)) is not None
+    passes = sum(images.values()) if is_frozen else recipe.train.epochs * images["train"]
+    speed = BATCH / _seconds(built.module, torch.rand(BATCH, channels, *size), backward=not is_frozen)
+    what = "each image once, since its features are cached" if is_frozen else f"{recipe.train.epochs} epochs"
+    return passes / speed, f"{duration(passes / speed)}: {what}, at {speed:,.0f} images/s without reading them"
+
+
+def _seconds(module: nn.Module, images: torch.Tensor, *, backward: bool) -> float:
+    """Return the time of a batch, after a first one in which memory is allocated."""
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        with torch.set_grad_enabled(backward):
+            logits = module(images)
+            if backward:
+                logits.sum().backward()
+        times.append(time.perf_counter() - began)
+    return times[-1]
