@@ -230,7 +230,8 @@ def test_a_zip_file_of_class_folders(tmp_path: Path) -> None:
 
 
 def test_a_data_set_by_name_needs_no_download() -> None:
-    _, recipe = recipe_for("cifar10")
+    found, recipe = recipe_for("cifar10")
+    assert "# Time on this machine: " in found.text, "it has many images"
     assert (recipe.model.source, recipe.data.image_size) == ("toolkit", 32)
 
 
@@ -396,9 +397,14 @@ def test_the_time_of_training_on_cpus_is_measured_for_many_images(monkeypatch: p
 
 
 def test_features_of_a_frozen_network_are_computed_once_in_the_time_of_training() -> None:
-    settings = ['model.source="timm"', 'model.name="test_vit"', "data.image_size=160", 'transfer.mode="linear_probe"']
+    settings = [
+        'model.source="timm"',
+        'model.name="test_vit"',
+        'model.weights="r160_in1k"',
+        'transfer.mode="linear_probe"',
+    ]
     recipe = load("recipes/quickstart.toml", [*settings, "augment.train=[]", 'data.cache="auto"']).recipe
-    seconds, text = cpu_time(recipe, 1)
+    seconds, text = cpu_time(recipe, 1, 10, {"train": 1400, "validation": 0, "test": 397})
     assert "each image once" in text
     speed = int(re.search(r"at ([\d,]+) images/s", text)[1].replace(",", ""))  # type: ignore[index]
     assert seconds == pytest.approx(1797 / speed, rel=0.05)

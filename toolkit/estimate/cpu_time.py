@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -17,16 +18,16 @@ from toolkit.recipe.schema import Recipe
 BATCH = 16
 
 
-def cpu_time(recipe: Recipe, processes: int) -> tuple[float, str]:
+def cpu_time(recipe: Recipe, processes: int, classes: int, images: Mapping[str, int]) -> tuple[float, str]:
     """Return the seconds that the model needs for all epochs on the CPUs of this machine, and how they were measured.
 
-    A batch of random images goes through the model, with random weights. If all layers but the last ones are frozen,
-    each image needs one forward pass in all epochs, because features are cached. Reading the images is not included.
+    ``classes``: their number. ``images``: number of images in each split. A batch of random images goes through the
+    model, with random weights. If all layers but the last ones are frozen, each image needs one forward pass in all
+    epochs, because features are cached. Reading the images is not included.
     """
-    found = plan(recipe, processes)
-    size, channels, images = found.preprocessing.image_size, found.preprocessing.channels, found.contents.images
-    assert images is not None, "the data were opened to write the recipe"
-    built = build_model(recipe.model, found.contents.classes, channels, size, load_weights=False)
+    found = plan(recipe, processes, classes)
+    size, channels = found.preprocessing.image_size, found.preprocessing.channels
+    built = build_model(recipe.model, classes, channels, size, load_weights=False)
     is_frozen = tail_of(recipe, apply_transfer(built, recipe.transfer)) is not None
     passes = sum(images.values()) if is_frozen else recipe.train.epochs * images["train"]
     speed = BATCH / _seconds(built.module, torch.rand(BATCH, channels, *size), backward=not is_frozen)

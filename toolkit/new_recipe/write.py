@@ -89,7 +89,7 @@ def new_recipe(
 
     recipe = loads_recipe(text())
     if not machine.gpus and facts.total >= MANY:
-        header.append(_time_on_cpus(recipe, count, argument, goal))
+        header.append(_time_on_cpus(recipe, situation, argument))
         log(header[-1])
     if machine.gpus and recipe.transfer.mode != "linear_probe":
         choices.append(gpu_memory(recipe, machine, count))
@@ -155,15 +155,14 @@ def _unreadable(facts: DataFacts) -> list[Choice]:
     return [Choice("unreadable", keys, why, "docs/data.md")]
 
 
-def _time_on_cpus(recipe: Recipe, processes: int, argument: str, goal: Goal) -> str:
+def _time_on_cpus(recipe: Recipe, s: Situation, argument: str) -> str:
     """Return a sentence about the training time, with a faster goal if it is long."""
     from toolkit.estimate.cpu_time import cpu_time
 
-    seconds, text = cpu_time(recipe, processes)
-    faster = goal != "fast" and seconds > HOUR_S
-    return f"Time on this machine: {text}" + (
-        f". Less: toolkit new {shlex.quote(argument)} --goal fast" if faster else ""
-    )
+    seconds, text = cpu_time(recipe, s.processes, s.facts.classes, s.images)
+    if seconds > HOUR_S and s.goal != "fast":
+        text += f". Less: toolkit new {shlex.quote(argument)} --goal fast"
+    return f"Time on this machine: {text}"
 
 
 def gpu_memory(recipe: Recipe, machine: Machine, processes: int) -> Choice:
