@@ -277,9 +277,13 @@ def test_an_absent_mlflow_server_is_one_warning_and_other_trackers_log(
 
 
 def stopped_at_step(
-    folder: Path, count: int, *settings: str, prepare: Callable[[int], None] = lambda rank: None
+    folder: Path,
+    count: int,
+    *settings: str,
+    prepare: Callable[[int], None] = lambda rank: None,
+    condition: Callable[[], bool] = lambda: True,
 ) -> tuple[Trainers, float]:
-    """Stop trainers by SIGTERM in a step; return them and the seconds that they took to end."""
+    """Stop trainers by SIGTERM in a step, once ``condition`` holds; return them and the seconds they took to end."""
     there = folder / "there"
 
     def stay() -> None:
@@ -293,7 +297,7 @@ def stopped_at_step(
         at_call(TrainStep, "_update", count, stay)
 
     trainers = begin(folder, *settings, prepare=prepare_all)
-    trainers.wait_until(there.exists)
+    trainers.wait_until(lambda: there.exists() and condition())
     trainers.signal(signal.SIGTERM)
     began = time.monotonic()
     there.unlink()
@@ -301,15 +305,27 @@ def stopped_at_step(
     return trainers, time.monotonic() - began
 
 
-def test_a_resumed_run_is_one_run_on_the_server(tmp_path: Path, server: WandbServer) -> None:
-    stopped_at_step(tmp_path, 9, *tracked("wandb"))
+def test_a_resumed_run_is_one_run_on_the_server(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB__DISABLE_STATS", "true")  # the client sends at once, then every 15 s
+    wanted = (*tracked("wandb"), "--set", 'tracking.upload=["results"]')
+
+    def has_console_output() -> bool:
+        return any(run.console for run in server.runs.values())
+
+    stopped_at_step(tmp_path, 9, *wanted, condition=has_console_output)
     run = only_run(tmp_path)
     (name,) = server.runs
     assert name == f"small-{run.id}"
     assert server.runs[name].exit_code == 3
-    train(tmp_path, *tracked("wandb"))
+    assert server.runs[name].console[-1].startswith("stopped"), "the reason is shown too"
+    train(tmp_path, *wanted)
     assert list(server.runs) == [name]
-    assert server.runs[name].lines() == run.metric_records(), "each line once"
+    *lines, results = server.runs[name].lines()
+    assert lines == run.metric_records(), "each line once"
+    assert "predictions" in results
+    assert server.runs[name].console == run.log_file.read_text().splitlines(), "each message once"
     assert server.runs[name].exit_code == 0
     assert server.runs[name].summary["best.test_accuracy"] == run.summary["best"]["test_accuracy"]
 

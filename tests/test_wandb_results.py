@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cli import toolkit
+from finished import CONVNET, train_on_files
 from PIL import Image
 from report_runs import small_study
 from sklearn import metrics as oracle
@@ -28,12 +30,15 @@ from trainers import Trainers, only_run, write_recipe
 from wandb_server import WandbServer, logged_in_here, without_login
 
 import toolkit.trackers
+from toolkit import wandb_artifacts
 from toolkit.report.prediction_metrics import RunPredictions
 from toolkit.report.run_data import RunData
+from toolkit.report.run_images import model_inputs, open_run_images
 from toolkit.runs import Run
 from toolkit.training.classification_metrics import MAX_CURVE_POINTS, MAX_CURVES, curve_rows, ranking_curves
-from toolkit.training.trained_model import load_model
-from toolkit.wandb_results import CHARTS, LARGEST_SIDE, MAX_MATRIX, MAX_PREDICTIONS, _confusion
+from toolkit.training.trained_model import TrainedModel, load_model
+from toolkit.wandb_artifacts import log_data
+from toolkit.wandb_results import CHARTS, LARGEST_SIDE, MAX_MATRIX, MAX_PREDICTIONS, _confusion, uploads
 
 pytestmark = pytest.mark.long
 
@@ -47,6 +52,15 @@ train = [{ name = "RandomAffine", degrees = 20 }]
 """
 SETTINGS = ("--set", "train.epochs=2", "--set", 'tracking.trackers=["wandb"]')
 REGISTRY = ("--set", 'tracking.registry="model"')
+BEST_IS_FIRST = (
+    "--set",
+    "optimizer.lr=0.4",
+    "--set",
+    "train.max_grad_norm=1.0",
+    "--set",
+    'train.best_metric="val/loss"',
+)
+"""Settings with which the validation loss increases after the first epoch."""
 SHOWN = {"predictions", "class_metrics", "confusion_matrix_table", "precision_recall_table", "roc_table",
          "images_per_s_table", "filters", "training_samples", "epoch"}  # fmt: skip
 
@@ -64,10 +78,10 @@ def train(folder: Path, *settings: str, world: int = 1) -> tuple[Run, str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Train offline, as WANDB_MODE requests, with the model for a registry."""
+    """Train offline, as WANDB_MODE requests, with the model for a registry; the best epoch is not the last one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        return train(tmp_path_factory.mktemp("runs"), *REGISTRY)[0]
+        return train(tmp_path_factory.mktemp("runs"), *REGISTRY, *BEST_IS_FIRST)[0]
 
 
 @pytest.fixture
@@ -88,8 +102,12 @@ class Offline:
         records = list(wandb_records(run.path))
         self.run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
         self.files = {one.path for record in records for one in record.files.files}
-        artifacts = (record.artifact for record in records if record.WhichOneof("record_type") == "artifact")
-        self.artifacts = {one.name.replace(self.run.run_id, "ID"): one for one in artifacts}
+        artifacts = [record.artifact for record in records if record.WhichOneof("record_type") == "artifact"]
+        self.artifacts = {one.name.replace(self.run.run_id, "ID"): one for one in artifacts if one.type != "model"}
+        self.models = [one for one in artifacts if one.type == "model"]
+        self.console = "".join(
+            record.output_logger.line for record in records if record.WhichOneof("record_type") == "output_logger"
+        )
         config = [item for record in records for item in record.config.update]
         self.charts = {
             item.nested_key[2]: json.loads(item.value_json) for item in config if "visualize" in item.nested_key
@@ -177,6 +195,7 @@ def test_images_and_files_are_logged_and_small(run: Run, offline: Offline) -> No
     console = (offline.folder / "files" / "output.log").read_text()
     assert run.log_file.read_text().startswith(console)
     assert "test accuracy" in console, "up to the closing table"
+    assert offline.console.splitlines() == run.log_file.read_text().splitlines(), "each message once, also live"
     assert "Confusion" in (offline.folder / "files" / "report.html").read_text()
     size = sum(path.stat().st_size for path in offline.folder.rglob("*") if path.is_file())
     assert size < 1_000_000
@@ -192,20 +211,75 @@ def test_the_data_set_is_a_list_of_images_without_them(run: Run, offline: Offlin
     assert (file.path, file.digest) == ("split.json", digest(run.path / "split.json"))
 
 
+class Target:
+    """An offline W&B run that keeps its artifacts."""
+
+    offline = True
+
+    def __init__(self) -> None:
+        self.artifacts: list[Any] = []
+        self.log_artifact = self.artifacts.append
+
+
+def test_the_images_are_added_if_the_recipe_asks_for_them(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    on_files, target, output = train_on_files(tmp_path, CONVNET, size=8), Target(), list[str]()
+    log_data(target, on_files, with_images=True, log=output.append)
+    log_data(target, run, with_images=True, log=output.append)
+    assert output == []
+    files, in_memory = (
+        {name: one.local_path for name, one in artifact.manifest.entries.items()} for artifact in target.artifacts
+    )
+    assert files == {
+        "split.json": str(on_files.path / "split.json"),
+        **{f"images/{name}": str(tmp_path / "data" / name) for name in names_of(on_files)},
+    }, "files as they are"
+    assert set(in_memory) == {"split.json", *(f"images/{name}.png" for name in names_of(run))}
+    name = names_of(run)[0]
+    pixels = open_run_images(run.recipe, None, []).load(name)
+    assert pixels is not None
+    with Image.open(in_memory[f"images/{name}.png"]) as image:
+        assert np.array_equal(np.asarray(image), pixels[..., 0])
+
+
+def names_of(run: Run) -> list[str]:
+    return [name for split in ("train", "validation", "test") for name in run.split[split]]
+
+
+def test_too_many_images_are_left_out_with_a_message(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, output = Target(), list[str]()
+    for name, limit in (("MAX_IMAGES", 100), ("MAX_IMAGE_BYTES", 1_000)):
+        with monkeypatch.context() as patch:
+            patch.setattr(wandb_artifacts, name, limit)
+            log_data(target, run, with_images=True, log=output.append)
+    count = len(names_of(run))
+    assert output == [
+        f"W&B gets the data set without its images: there are {count} of them, and at most 100 are uploaded",
+        f"W&B gets the data set without its images: they have {count * 64 / 1e6:.2f} MB, and at most 0 MB are uploaded",
+    ]
+    assert [set(artifact.manifest.entries) for artifact in target.artifacts] == [{"split.json"}, {"split.json"}]
+
+
 def digest(path: Path) -> str:
     """Return a file's digest as W&B's manifests have it."""
     return base64.b64encode(hashlib.md5(path.read_bytes()).digest()).decode()
 
 
-def test_the_model_is_an_artifact_with_its_card(run: Run, offline: Offline) -> None:
-    model = offline.artifacts["model-ID"]
-    best, last = run.summary["best"], run.summary["last"]
-    assert set(model.aliases) == {"latest", "best", *(["last"] if best["epoch"] == last["epoch"] else [])}
-    assert json.loads(model.metadata) == {"recipe": "small", **best}
-    files = {one.path: one.digest for one in model.manifest.contents}
-    assert set(files) == {"best.safetensors", "model.json", "README.md"}
-    assert files["best.safetensors"] == digest(run.best_weights)
-    assert files["model.json"] == digest(run.checkpoints / "model.json")
+def test_the_models_of_the_last_and_the_best_epoch_are_versions_of_an_artifact(run: Run, offline: Offline) -> None:
+    last, best = offline.models
+    assert last.name == best.name == f"model-{offline.run.run_id}"
+    assert (set(last.aliases), set(best.aliases)) == ({"latest", "last"}, {"latest", "best"})
+    for name, model, weights in (("last", last, "last.safetensors"), ("best", best, "best.safetensors")):
+        assert json.loads(model.metadata) == {"recipe": "small", **run.summary[name]}
+        files = {one.path: one for one in model.manifest.contents}
+        assert set(files) == {weights, "model.json", "README.md"}
+        assert files["model.json"].digest == digest(run.checkpoints / "model.json")
+        card = (run.path / files["README.md"].local_path).read_text()
+        assert f"wandb artifact get {model.name}:{name} --root model" in card
+        assert f"weights of epoch {run.summary[name]['epoch']}" in card
+    assert files["best.safetensors"].digest == digest(run.best_weights)
 
 
 def test_the_run_has_git_state_job_type_and_group(run: Run, offline: Offline) -> None:
@@ -221,6 +295,7 @@ def test_runs_of_a_study_are_named_after_row_and_seed(tmp_path: Path) -> None:
     assert [one["job_type"] for one in found] == [member.row for member in study.members]
     assert found[0]["name"] == f"known: {study.members[0].row}, seed {study.members[0].seed}"
     assert len({one["name"] for one in found}) == len(study.members)
+    assert [uploads(run) for run in study.runs] == [{"results"}] * len(study.members), "not their models"
 
 
 def toolkit_settings(run: Run, folder: Path) -> dict[str, Any]:
@@ -284,7 +359,7 @@ def test_sync_uploads_everything_once(run: Run, server: WandbServer, tmp_path: P
     assert sync(run.path).status == 0
     assert lines(server, run) == (run.metric_records(), [SHOWN])
     store = server.artifacts
-    (data,), (model,) = store.versions("dataset"), store.versions("model")
+    (data,), (last, model) = store.versions("dataset"), store.versions("model")
     assert data.files["split.json"] == (run.path / "split.json").read_bytes()
     assert store.used == ["data-digits"], "the run's input"
     assert store.links == [(model.name, "wandb-registry-model", "small")]
@@ -294,12 +369,23 @@ def test_sync_uploads_everything_once(run: Run, server: WandbServer, tmp_path: P
     (run.path / "wandb" / "synced.json").unlink()
     assert "0 lines uploaded" in sync(run.path).stdout
     assert lines(server, run) == (run.metric_records(), [SHOWN])
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name, content in model.files.items():
-        (folder / name).write_bytes(content)
-    assert load_model(folder).classes == run.model_card["classes"], "as README.md says, it can be used for predictions"
-    assert f"wandb artifact get {model.name}:best --root model" in (folder / "README.md").read_text()
+    assert (set(last.aliases), set(model.aliases)) == ({"last", "latest"}, {"best", "latest"})
+    for name, artifact in (("last", last), ("best", model)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, content in artifact.files.items():
+            (folder / file).write_bytes(content)
+        assert accuracy_of(load_model(folder), run) == pytest.approx(run.summary[name]["test_accuracy"])
+    assert run.summary["last"]["test_accuracy"] != run.summary["best"]["test_accuracy"]
+
+
+def accuracy_of(trained: TrainedModel, run: Run) -> float:
+    images, rows = open_run_images(run.recipe, trained.preprocessing, trained.classes), run.prediction_records()
+    pixels = [found for row in rows if (found := images.load(row["path"])) is not None]
+    with torch.no_grad():
+        scores = trained.module(torch.from_numpy(np.stack(model_inputs(trained.preprocessing, pixels))))
+    predicted = [trained.classes[k] for k in scores.argmax(1).tolist()]
+    return float(np.mean([row["label"] == name for row, name in zip(rows, predicted, strict=True)]))
 
 
 @pytest.mark.extended
@@ -330,8 +416,12 @@ def test_a_run_trained_online_needs_no_sync(server: WandbServer, tmp_path: Path)
     assert "warning" not in output
     assert lines(server, run) == (run.metric_records(), [SHOWN])
     assert len(server.artifacts.versions("dataset")) == 1
-    assert server.artifacts.versions("model") == [], "the weights are sent only if requested"
-    assert "output.log" in server.files
+    (model,) = server.artifacts.versions("model")
+    assert run.summary["best"]["epoch"] == run.summary["last"]["epoch"]
+    assert set(model.aliases) == {"best", "last", "latest"}, "one version"
+    (found,) = server.runs.values()
+    assert found.console == run.log_file.read_text().splitlines(), "each message once"
+    assert run.log_file.read_bytes().startswith(server.files["output.log"])
     asked = set(server.artifacts.artifacts)
     assert "0 lines uploaded" in sync(run.path).stdout
     assert lines(server, run) == (run.metric_records(), [SHOWN])

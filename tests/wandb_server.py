@@ -36,6 +36,8 @@ class ServerRun:
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     exit_code: int | None = None
+    console: list[str] = field(default_factory=list)
+    """Lines of console output, without the time at which each was logged."""
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the history as it was logged, without W&B's own keys."""
@@ -161,8 +163,9 @@ class WandbServer(ThreadingHTTPServer):
         tail = json.dumps([json.dumps(line) for line in run.history[-1:]])
         return {"id": name, "name": name, "displayName": name, "config": "{}", "sweepName": None, "project": project,
                 "summaryMetrics": json.dumps(run.summary), "historyLineCount": len(run.history), "historyTail": tail,
-                "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0, "wandbConfig": '{"t": 1}', "tags": [],
-                "group": None, "jobType": None, "notes": None, "state": "running"}  # fmt: skip
+                "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": len(run.console),
+                "wandbConfig": '{"t": 1}', "tags": [], "group": None, "jobType": None, "notes": None,
+                "state": "running"}  # fmt: skip
 
     def take(self, name: str, body: dict[str, Any]) -> None:
         """Store the content of a file-stream request."""
@@ -171,6 +174,9 @@ class WandbServer(ThreadingHTTPServer):
         if "wandb-history.jsonl" in files:
             chunk = files["wandb-history.jsonl"]
             run.history[chunk["offset"] :] = [json.loads(line) for line in chunk["content"]]
+        if "output.log" in files:
+            chunk = files["output.log"]
+            run.console[chunk["offset"] :] = [line.partition(" ")[2] for line in chunk["content"]]
         for line in files.get("wandb-summary.json", {}).get("content", []):
             run.summary = json.loads(line)
         if body.get("complete"):

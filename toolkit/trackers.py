@@ -27,6 +27,7 @@ from toolkit.errors import Interrupted, UserError, first_line
 from toolkit.mlflow_tracker import MLflowRun
 from toolkit.recipe.schema import Recipe
 from toolkit.runs import Run
+from toolkit.wandb_results import record_step, results_step, send_results, uploads
 
 CONNECT_SECONDS = 3
 INIT_SECONDS = 15
@@ -113,6 +114,8 @@ class Tracking:
         self.wandb_mode, self.offline_reason = "", ""
         self.results_of: Run | None = None
         """The run whose results W&B has been given."""
+        self.has_results = "results" in uploads(Run(folder)) if self.names else False
+        """Whether trackers get more than metrics."""
         if "wandb" in self.names:
             self.wandb_mode, self.offline_reason = wandb_mode(recipe.tracking.mode)
             if self.wandb_mode == "disabled":
@@ -194,6 +197,12 @@ class Tracking:
         for thread in self.threads:
             thread.submit(lambda tracker: tracker.log(record, step=step))
 
+    def log_text(self, text: str) -> None:
+        """Add a message of the run to its console output on W&B, which can be read there during training."""
+        for thread in self.threads:
+            if self.has_results and thread.tracker.name == "wandb":
+                thread.submit(lambda tracker: tracker.tracker.write_logs(text))
+
     def summarize(self, metrics: dict[str, Any]) -> None:
         """Add the run's final metrics to W&B's summary and to MLflow's metrics."""
         flat = flatten(metrics)
@@ -215,11 +224,9 @@ class Tracking:
         is_done, is_abandoned = threading.Event(), threading.Event()
 
         def send(tracker: Any) -> None:
-            from toolkit.wandb_results import results_step, send_results, uploads
-
             try:
                 if uploads(run):
-                    send_results(tracker.tracker, run, results_step(run), is_abandoned.is_set)
+                    send_results(tracker.tracker, run, results_step(run), self.log_message, is_abandoned.is_set)
                     self.results_of = None if is_abandoned.is_set() else run
             except Exception as error:  # whatever fails here must not end a training run
                 reason = f"{first_line(error)}); toolkit sync {run.path} tries again"
@@ -237,7 +244,7 @@ class Tracking:
 
     def _log_to_tensorboard(self, run: Run, is_stopped: Callable[[], bool]) -> None:
         thread = next((thread for thread in self.threads if thread.tracker.name == "tensorboard"), None)
-        if thread is None or "results" not in run.recipe.tracking.upload:
+        if thread is None or not self.has_results:
             return
         is_done = threading.Event()
 
@@ -262,8 +269,6 @@ class Tracking:
         for thread in self.threads:
             thread.wait(deadline - time.monotonic())
             if thread.tracker.name == "wandb" and self.results_of is not None and not thread.failed:
-                from toolkit.wandb_results import record_step, results_step
-
                 record_step(self.results_of, results_step(self.results_of), complete=self.wandb_mode == "online")
 
 

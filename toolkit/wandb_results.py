@@ -1,4 +1,4 @@
-"""What W&B shows of a finished run besides its metrics: tables, charts, images, files and artifacts.
+"""What W&B shows of a finished run besides its metrics: tables, charts, images and files.
 
 Everything is made from the run directory, so that the end of a run and `toolkit sync` send the same.
 """
@@ -10,7 +10,6 @@ import csv
 import io
 import itertools
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from PIL import Image
 
 from toolkit.reading import Shape, read_json
 from toolkit.runs import Run
+from toolkit.study.directory import member_of
 
 if TYPE_CHECKING:
     from toolkit.report.run_data import RunData
@@ -39,8 +39,6 @@ MAX_ROWS = 10_000
 """Maximum number of rows of a table, as in W&B's client."""
 SMALLEST_SIDE, LARGEST_SIDE = 64, 128
 """Sides of thumbnails in pixels."""
-MAX_LIST_BYTES = 10_000_000
-"""Maximum size of the lists of images; W&B gets only the hash of longer ones."""
 RESULTS_FILE = "wandb/results.json"
 """File in the run directory that records the W&B step of the results, and whether they have been sent completely."""
 
@@ -85,10 +83,14 @@ class _Record(Shape):
     complete: bool
 
 
-def uploads(run: Run) -> bool:
-    """Return whether a run has anything for W&B besides metrics."""
+def uploads(run: Run) -> set[str]:
+    """Return what the trackers get of a run besides metrics: the values of tracking.upload, or its default."""
     tracking = run.recipe.tracking
-    return "results" in tracking.upload or tracking.uploads_model
+    if tracking.upload is not None:
+        chosen = set(tracking.upload)
+    else:
+        chosen = {"results"} if member_of(run) else {"results", "model"}
+    return chosen | ({"model"} if tracking.registry is not None else set())
 
 
 def results_step(run: Run) -> int:
@@ -108,29 +110,39 @@ def record_step(run: Run, step: int, *, complete: bool) -> None:
     run.write_json(RESULTS_FILE, {"step": step, "complete": complete})
 
 
-def send_results(target: Any, run: Run, step: int, is_stopped: Callable[[], bool] = lambda: False) -> None:
+def send_results(
+    target: Any,
+    run: Run,
+    step: int,
+    log: Callable[[str], None],
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> None:
     """Send a finished run's results to an open W&B run, online or offline, and wait until artifacts have arrived.
 
-    ``step``: the W&B step of tables and images. Stops waiting when ``is_stopped`` returns True. Raises what W&B's
-    client raises.
+    ``step``: the W&B step of tables and images. ``log`` is called with what is left out, and why. Stops waiting when
+    ``is_stopped`` returns True. Raises what W&B's client raises.
     """
-    tracking = run.recipe.tracking
+    from toolkit.wandb_artifacts import log_data, log_model
+
+    chosen = uploads(run)
     record_step(run, step, complete=False)
-    artifacts, model = [], None
+    artifacts, models = [], []
     with _files_of_artifacts_in(run) if target.offline else contextlib.nullcontext():
-        if "results" in tracking.upload:
+        if "results" in chosen:
             _log_media(target, run, step)
             _save_files(target, run)
-            artifacts.append(_log_data(target, run))
-        if tracking.uploads_model:
-            model = _log_model(target, run)
+        if chosen & {"results", "images"}:
+            artifacts.append(log_data(target, run, with_images="images" in chosen, log=log))
+        if "model" in chosen:
+            models = log_model(target, run, log)
     if target.offline:
         return
-    for artifact in filter(None, (*artifacts, model)):
+    for artifact in (*artifacts, *models):
         _wait(artifact, is_stopped)
-    if model is not None and tracking.registry is not None and not is_stopped():
-        registry, _, collection = tracking.registry.partition("/")
-        target.link_artifact(model, f"wandb-registry-{registry}/{collection or run.recipe.recipe.name}")
+    registry = run.recipe.tracking.registry
+    if models and registry is not None and not is_stopped():
+        name, _, collection = registry.partition("/")
+        target.link_artifact(models[-1], f"wandb-registry-{name}/{collection or run.recipe.recipe.name}")
 
 
 @contextlib.contextmanager
@@ -302,7 +314,7 @@ def _read_table(path: Path) -> tuple[list[str], Rows]:
     return header, [[row[0], *(None if text == "nan" else float(text) for text in row[1:])] for row in rows]
 
 
-# -- files and artifacts ----------------------------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------------------------------
 
 
 def _save_files(target: Any, run: Run) -> None:
@@ -314,55 +326,3 @@ def _save_files(target: Any, run: Run) -> None:
             copy = Path(target.dir) / name
             shutil.copyfile(path, copy)
             target.save(str(copy), base_path=target.dir, policy="now", glob=False)
-
-
-def _log_data(target: Any, run: Run) -> Any:
-    """Log the data set as an artifact that names its images and their splits; runs with equal splits share a version.
-
-    It is the run's input. Offline, W&B's client allows outputs only.
-    """
-    import wandb
-
-    split, data = run.split, run.recipe.data
-    place = {"imagefolder": data.root, "shards": data.root, "table": data.table}.get(data.dataset)
-    name = data.name or (Path(place).stem if isinstance(place, str) else "") or data.dataset
-    counts = {key: len(split[key]) for key in ("train", "validation", "test")}
-    metadata = {"dataset": data.dataset, "split_hash": split["hash"], "images": counts,
-                "classes": len(run.model_card["classes"])}  # fmt: skip
-    artifact = wandb.Artifact(_artifact_name(f"data-{name}"), "dataset", metadata=metadata)
-    path = (run.path / "split.json").absolute()
-    if path.stat().st_size <= MAX_LIST_BYTES:
-        artifact.add_file(str(path), policy="immutable", skip_cache=True)
-    else:
-        with artifact.new_file("split-hash.txt") as file:
-            file.write(split["hash"])
-    (target.log_artifact if target.offline else target.use_artifact)(artifact)
-    return artifact
-
-
-def _log_model(target: Any, run: Run) -> Any:
-    """Log the best weights with model.json and a model card; the artifact's name has the run's id.
-
-    Its aliases are best and, if the last epoch is the best one, last.
-    """
-    import wandb
-
-    from toolkit.inference.publish import model_card
-    from toolkit.training.trained_model import load_model
-
-    summary = run.summary
-    best, last = summary["best"], summary["last"]
-    artifact = wandb.Artifact(
-        _artifact_name(f"model-{target.id}"), "model", metadata={"recipe": run.recipe.recipe.name, **best}
-    )
-    for path in (run.best_weights, run.checkpoints / "model.json"):
-        artifact.add_file(str(path.absolute()), policy="immutable", skip_cache=True)
-    with artifact.new_file("README.md", encoding="utf-8") as file:
-        file.write(model_card(run, load_model(run.path), run.recipe, summary, artifact.name, "unknown", hub=False))
-    target.log_artifact(artifact, aliases=["best", *(["last"] if best["epoch"] == last["epoch"] else [])])
-    return artifact
-
-
-def _artifact_name(text: str) -> str:
-    """Return a text with the characters and the length that names of artifacts may have."""
-    return re.sub(r"[^\w.-]", "-", text, flags=re.ASCII)[:120]

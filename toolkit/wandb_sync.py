@@ -10,6 +10,7 @@ import hashlib
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,10 @@ class ServerUnreachable(UserError):
     """Raised if there is no login or the server does not respond."""
 
 
-def sync(run: Run) -> SyncResult:
+def sync(run: Run, log: Callable[[str], None]) -> SyncResult:
     """Upload the part of a run that W&B lacks, unless it is still training or unchanged since the last upload.
 
+    ``log`` is called with results that cannot be uploaded, and why.
     Raises ServerUnreachable if there is no login or the server does not respond, another UserError if the run is
     damaged, and RunFailed if the upload is incomplete; the next call then sends the rest.
     """
@@ -81,7 +83,7 @@ def sync(run: Run) -> SyncResult:
         if done.get("digest") == digest and not _lacks_results(run):
             return SyncResult(str(run.path), "already", url=done.get("url"))
         _require_server()
-        sent = _upload(run, wandb_id)
+        sent = _upload(run, wandb_id, log)
         content = {"digest": digest, "url": sent.url, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         write_atomically(marker, (json.dumps(content, indent=2) + "\n").encode())
         return sent
@@ -91,7 +93,7 @@ def sync(run: Run) -> SyncResult:
 
 def _lacks_results(run: Run) -> bool:
     """Return whether a finished run has results that were not sent completely."""
-    return run.is_finished and uploads(run) and sent_step(run) is None
+    return run.is_finished and bool(uploads(run)) and sent_step(run) is None
 
 
 def _require_server() -> None:
@@ -114,7 +116,7 @@ def _digest(run: Run) -> str:
     return hashlib.sha256(b"\0".join(read_bytes(path) if path.exists() else b"" for path in files)).hexdigest()
 
 
-def _upload(run: Run, wandb_id: str) -> SyncResult:
+def _upload(run: Run, wandb_id: str, log: Callable[[str], None]) -> SyncResult:
     """Send the lines that the server lacks, and verify that they have arrived."""
     import wandb
 
@@ -132,11 +134,14 @@ def _upload(run: Run, wandb_id: str) -> SyncResult:
             for line in missing:
                 remote.log(line, step=line["step"])
             remote.summary.update(metrics)
-            last, sends_results = max((line["step"] for line in lines), default=-1), run.is_finished and uploads(run)
+            last, sends_results = (
+                max((line["step"] for line in lines), default=-1),
+                run.is_finished and bool(uploads(run)),
+            )
             if sends_results:
                 last, is_new = _results_step(run, remote.starting_step)
                 if is_new:
-                    send_results(remote, run, last)
+                    send_results(remote, run, last, log)
             url, path = remote.url, remote.path
             remote.finish(exit_code=EXIT_OK if run.is_finished else Interrupted.exit_status)
             _wait_until_shown(wandb.Api(), path, last)

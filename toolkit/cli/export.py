@@ -118,7 +118,7 @@ def sync(
     done = []
     for run in found:
         try:
-            done.append(upload(run))
+            done.append(upload(run, log))
         except ServerUnreachable:
             raise
         except UserError as error:  # one damaged run must not stop the others

@@ -139,11 +139,12 @@ def model_card(
     repo: str,
     license_id: str,
     *,
-    hub: bool = True,
+    alias: str = "",
 ) -> str:
     """Return README.md: use, data, recipe, metrics, limits and license; for the Hub, its front matter comes first.
 
-    Without ``hub``, ``repo`` is the name of a W&B artifact. Raises jinja2.UndefinedError if the summary lacks a value.
+    With an ``alias``, best or last, ``repo`` is the name of a W&B artifact, and the card is that of its version with
+    this alias. Raises jinja2.UndefinedError if the summary lacks a value.
     """
     environment = Environment(  # autoescape is for HTML; the card is Markdown
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -157,7 +158,7 @@ def model_card(
     record = find("model", model.name).record if model.source == "plugin" else {}
     dataset = hub_dataset(recipe)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        front_matter=_front_matter(trained, recipe, summary, title, license_id) if hub else "",
+        front_matter=_front_matter(trained, recipe, summary, title, license_id) if not alias else "",
         title=title,
         architecture=architectures.get(model.source, f"`{model.name}` of {model.source}"),
         plugin=record.get("loaded_with") or record.get("file"),
@@ -166,6 +167,7 @@ def model_card(
         page=HUB_DATASETS + dataset if dataset else page_of(recipe.data.dataset, recipe.data.name),
         run=run,
         repo=repo,
+        alias=alias,
         license_id=license_id,
         recipe=recipe,
         summary=summary,

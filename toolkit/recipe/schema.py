@@ -119,11 +119,12 @@ class TrackingConfig(ConfigModel):
         description="Run name in W&B and MLflow; default: recipe name and run id; in W&B, for a run of a study, "
         "its row, seed and fold.",
     )
-    upload: list[Literal["results", "model"]] = Field(
-        ["results"],
-        description="What W&B and TensorBoard get at the end of a run besides metrics. results, on W&B 1 to 10 MB: "
-        "tables, charts, images, report, console output, lists of the data set's images. model (W&B only): the best "
-        "weights, as a model artifact.",
+    upload: list[Literal["results", "model", "images"]] | None = Field(
+        None,
+        description="What the trackers get besides metrics. results: console output during training; at the end "
+        "tables, charts, images, report and lists of the data set's images, on W&B 1 to 10 MB. model (W&B only): the "
+        "weights of the best and the last epoch, as a model artifact. images (W&B only): the data set's images, at "
+        'most 20,000 and 2 GB. Default: ["results", "model"], or ["results"] for runs of a study.',
     )
     registry: Annotated[str, Field(pattern=REGISTRY)] | None = Field(
         None,
@@ -132,11 +133,6 @@ class TrackingConfig(ConfigModel):
     )
     tags: list[str] = Field([], description="W&B tags; in MLflow, one tag that contains all, separated by commas.")
     notes: str = Field("", description="W&B notes or MLflow description; default: the recipe's description.")
-
-    @property
-    def uploads_model(self) -> bool:
-        """Whether W&B gets the best weights."""
-        return "model" in self.upload or self.registry is not None
 
 
 class Expectation(ConfigModel):

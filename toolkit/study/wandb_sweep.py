@@ -66,7 +66,8 @@ def sweep_config(study: StudySpec, recipe: str, processes: int | None = None) ->
 def sweep_recipe(study: StudySpec) -> str:
     """Return the recipe that the runs change, as TOML: the study without [study], logged to W&B.
 
-    Values that the study does not give are left out, because defaults may depend on the values that W&B chooses.
+    Values that the study does not give are left out, because defaults may depend on the values that W&B chooses;
+    except that, as in a study, W&B does not get the models unless the recipe says so.
     """
     merged = LayeredConfig()
     for source in study.sources:
@@ -74,7 +75,7 @@ def sweep_recipe(study: StudySpec) -> str:
     content = {key: value for key, value in merged.data.items() if key != "expected_metrics"}
     content["recipe"] = {**content["recipe"], "name": f"{study.name[: NAME_LENGTH - 6]}-sweep"}
     trackers = list(dict.fromkeys(["wandb", *study.base.tracking.trackers]))
-    content["tracking"] = {**content.get("tracking", {}), "trackers": trackers}
+    content["tracking"] = {"upload": ["results"], **content.get("tracking", {}), "trackers": trackers}
     return f"# The recipe of the runs of a W&B sweep, written by toolkit sweep {study.path}\n\n{toml_document(content)}"
 
 

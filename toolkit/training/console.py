@@ -29,6 +29,9 @@ class Console:
         self.is_main, self.shows = is_main, shows
         self.log_file: Path | None = None
         self.early_lines: list[str] = []
+        self.listener: Callable[[str], None] | None = None
+        self.not_passed_on: list[str] = []
+        """Messages before there is a listener."""
         self.progress: Any = None
 
     def log(self, text: str = "") -> None:
@@ -53,10 +56,20 @@ class Console:
         if self.is_main:
             self.log_file = path
             for line in self.early_lines:
-                self._log(line)
+                self._write(line)
             self.early_lines = []
 
+    def follow(self, listener: Callable[[str], None]) -> None:
+        """Also pass every message to ``listener``, beginning with the first one."""
+        for text in self.not_passed_on:
+            listener(text)
+        self.listener, self.not_passed_on = listener, []
+
     def _log(self, text: str) -> None:
+        (self.not_passed_on.append if self.listener is None else self.listener)(text)
+        self._write(text)
+
+    def _write(self, text: str) -> None:
         if self.log_file is None:
             self.early_lines.append(text)
             return

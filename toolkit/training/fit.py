@@ -122,8 +122,8 @@ def fit(
         display.log(f"run directory {run.path}")
         with _errors_logged(display):
             with (
-                out_of_memory_explained(recipe.train, accelerator.num_processes),
                 _tracked(recipe, accelerator, run, display) as tracking,
+                out_of_memory_explained(recipe.train, accelerator.num_processes),
             ):
                 training = _training(setup, run, tracking, stop, resumption, callbacks)
                 stack.callback(training.loaders.close)
@@ -159,13 +159,17 @@ def _errors_logged(display: Console) -> Iterator[None]:
     """Write errors that occur in this context to log.txt too, because the terminal that shows them may be closed."""
     try:
         yield
-    except Interrupted as interrupted:
-        display.note(str(interrupted))
-        close_failure_detector()
-        raise
     except Exception as error:
-        display.note(str(error) if isinstance(error, UserError | RunFailed) else traceback.format_exc())
+        display.note(_error_text(error))
+        if isinstance(error, Interrupted):
+            close_failure_detector()
         raise
+
+
+def _error_text(error: Exception) -> str:
+    """Return an error's message, with its stack trace if it is not one of the project's own exceptions."""
+    is_explained = isinstance(error, UserError | RunFailed | Interrupted)
+    return str(error) if is_explained else "".join(traceback.format_exception(error))
 
 
 def _log_startup(display: Console, called: float, began: float) -> float:
@@ -302,14 +306,17 @@ def _locked(run: Run, accelerator: Accelerator, display: Console) -> Iterator[No
 
 @contextlib.contextmanager
 def _tracked(recipe: Recipe, accelerator: Accelerator, run: Run, display: Console) -> Iterator[Tracking]:
-    """Open the trackers, and close them with the run's exit status."""
+    """Open the trackers, which get all messages of the run, and close them with its exit status."""
     tracking = Tracking(accelerator, recipe, run.path, f"{recipe.recipe.name}-{run.id}", display.log)
+    display.follow(tracking.log_text)
     status = 1
     try:
         yield tracking
         status = 0
-    except Interrupted:
-        status = Interrupted.exit_status
+    except Exception as error:
+        tracking.log_text(_error_text(error))
+        if isinstance(error, Interrupted):
+            status = Interrupted.exit_status
         raise
     finally:
         tracking.finish(status)

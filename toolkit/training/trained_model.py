@@ -34,8 +34,8 @@ from toolkit.training.task import Task, task_from_dict
 FORMAT = 1
 """Version of model.json."""
 
-WEIGHTS = ("best.safetensors", "model.safetensors")
-"""Names of the weights file in a run and in a folder written by `toolkit export`."""
+WEIGHTS = ("best.safetensors", "model.safetensors", "last.safetensors")
+"""Names of the weights file in a run, in a folder written by `toolkit export`, and in the last model on W&B."""
 
 
 _Side = Annotated[int, Field(ge=1, le=10_000)]
