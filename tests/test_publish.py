@@ -10,15 +10,18 @@ from typing import Any
 import huggingface_hub
 import pytest
 import timm
+import tomli
 import torch
 from cli import toolkit
 from finished import CONVNET, TIMM, train_on_files
 from hub import Hub
 from huggingface_hub import ModelCard, constants
 
-from toolkit.inference.publish import model_card
-from toolkit.recipe import load_recipe
+from toolkit.inference.publish import model_card, shareable
+from toolkit.recipe import Recipe, load_recipe
+from toolkit.recipe.resolve import resolved_content
 from toolkit.runs import Run
+from toolkit.training.fit import fit
 from toolkit.training.trained_model import load_model
 
 pytestmark = pytest.mark.long
@@ -132,6 +135,52 @@ def test_the_folder_predicts_as_the_run_does_and_contains_no_local_path(run: Run
     home = str(run.path.parents[2]).encode()
     assert not [path for path in folder.iterdir() if home in path.read_bytes()]
     assert load_recipe(folder / "recipe.toml").model == run.recipe.model
+
+
+def test_no_published_file_has_a_path_of_the_author(run: Run, tmp_path: Path) -> None:
+    """Train with absolute paths of the table, its images, its class names and the initial weights."""
+    folder = tmp_path / "secret"
+    folder.mkdir()
+    images = sorted(Path(run.recipe.data.root).rglob("*.png"))
+    rows = [f"{path.relative_to(run.recipe.data.root)},{path.parent.name}\n" for path in images]
+    (folder / "labels.csv").write_text("image,label\n" + "".join(rows))
+    (folder / "names.txt").write_text("".join(f"{digit}\n" for digit in range(10)))
+    shutil.copy(run.best_weights, folder / "start.safetensors")
+    shutil.copytree(run.recipe.data.root, folder / "images")
+    settings = ['data.dataset="table"', f'data.root="{folder}/images"', f'data.table="{folder}/labels.csv"']
+    settings += [f'data.class_names="{folder}/names.txt"', f'model.weights="file:{folder}/start.safetensors"']
+    settings += ['transfer.mode="finetune"', "data.split={ validation = 0.2, test = 0.2 }"]
+    trained = fit(load_recipe(run.path / "recipe.toml", [*settings, f'recipe.run_root="{folder}/runs"']), quiet=True)
+    shown = toolkit("publish", trained.path, "lab/digits", "--no-push", "-o", tmp_path / "out")
+    assert shown.status == 0, shown.stderr
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert not [name for name, content in files.items() if b"secret" in content]
+    shared = load_recipe(tmp_path / "out" / "recipe.toml")
+    data = shared.data
+    assert (data.root, data.table, data.class_names) == ("data", "./labels.csv", "./names.txt")
+    assert shared.model.weights == "file:start.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "expected"),
+    [
+        ('data.name="/home/secret/flowers"', "name", "./flowers"),
+        ('data.name="lab/flowers"', "name", "lab/flowers"),
+        ('data.args={ data_files = ["/x/a.csv", "b.csv"] }', "args", {"data_files": ["./a.csv", "b.csv"]}),
+        ('data.root=["/home/secret/a", "b"]', "root", ["./a", "b"]),
+        ('data.class_names=["/a", "b"]', "class_names", ["/a", "b"]),
+        ('data.label_separator="/"', "label_separator", "/"),
+        ('augment.train=[{ name = "plugin:Fog", map = "~me/a", to = "../x" }]', "", {"map": "./a", "to": "./x"}),
+    ],
+)  # fmt: skip
+def test_only_paths_are_replaced_in_a_shared_recipe(run: Run, setting: str, key: str, expected: Any) -> None:
+    given = load_recipe(run.path / "recipe.toml", with_plugins=False)
+    name, _, value = setting.partition("=")
+    table, _, of_table = name.partition(".")
+    content = resolved_content(given)
+    content[table][of_table] = tomli.loads(f"value = {value}")["value"]
+    shared = shareable(Recipe.model_validate(content))
+    assert (getattr(shared.data, key) if key else shared.augment.train[0].arguments) == expected
 
 
 def test_a_timm_model_is_published_in_timms_format(tmp_path: Path) -> None:

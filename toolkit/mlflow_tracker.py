@@ -11,7 +11,12 @@ from typing import Any
 from accelerate.tracking import MLflowTracker
 
 from toolkit.errors import EXIT_OK, Interrupted
+from toolkit.formatting import flatten
 from toolkit.recipe.schema import Recipe
+from toolkit.runs import Run
+
+DATABASE = "mlflow.db"
+"""MLflow's database in a run directory, used without ``MLFLOW_TRACKING_URI``."""
 
 
 class MLflowRun(MLflowTracker):  # type: ignore[misc]  # Accelerate's classes have no types
@@ -27,7 +32,7 @@ class MLflowRun(MLflowTracker):  # type: ignore[misc]  # Accelerate's classes ha
         super().__init__(table.project, run_name=table.run_name or run_id, description=notes)
         own = {"toolkit.run": run_id, "group": table.group or recipe.recipe.name, "tags": ", ".join(table.tags)}
         self.tags: dict[str, str] = (self.tags or {}) | {key: value for key, value in own.items() if value}
-        self.database, self.key = folder.absolute() / "mlflow.db", run_id
+        self.database, self.key = folder.absolute() / DATABASE, run_id
         self.params: set[str] = set()
         self.last_steps: dict[str, int] = {}
         """Params of the MLflow run, and the last logged step of each metric."""
@@ -67,3 +72,30 @@ class MLflowRun(MLflowTracker):  # type: ignore[misc]  # Accelerate's classes ha
         import mlflow
 
         mlflow.end_run({EXIT_OK: "FINISHED", Interrupted.exit_status: "KILLED"}.get(exit_code, "FAILED"))
+
+
+def end_open_run(run: Run) -> bool:
+    """End the MLflow run of a finished run, with its final metrics; return whether it was still open.
+
+    That happens if the process is killed after it wrote the summary and before it closed its trackers.
+    """
+    recipe = run.recipe
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.path.absolute() / DATABASE}"
+    if "mlflow" not in recipe.tracking.trackers or not run.is_finished:
+        return False
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (run.path / DATABASE).exists():
+        return False
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name(recipe.tracking.project)
+    tag = f"tags.`toolkit.run` = '{recipe.recipe.name}-{run.id}'"
+    found = client.search_runs([experiment.experiment_id], tag) if experiment else []
+    still_open = [one.info.run_id for one in found if one.info.status == "RUNNING"]
+    metrics = {key: value for key, value in flatten(run.summary).items() if isinstance(value, (int, float))}
+    for run_id in still_open:
+        for key, value in metrics.items():
+            client.log_metric(run_id, key, value)
+        client.set_terminated(run_id, "FINISHED")
+    return bool(still_open)

@@ -84,6 +84,8 @@ def publish(
     done = write(run, repo, out, license_id=license_, private=private, push=not no_push)
     if license_ == "unknown":
         log("the model card says that no license is stated; set one with --license")
+    if done.local_paths:
+        log(f"model.json contains a path on this machine, of model.args: {', '.join(done.local_paths)}")
     if done.url is None:
         log(f"not pushed, since {done.why_not}; {how_to_push(done.folder, repo)}")
     if as_json:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCardData, constants, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, StrictUndefined, UndefinedError
+from torch.utils._pytree import tree_leaves
 
 import toolkit
 from toolkit.data.dataset_info import info_of, page_of
@@ -21,6 +22,7 @@ from toolkit.models.pretrained import is_file_reference
 from toolkit.plugins import find
 from toolkit.reading import UnreadableFile
 from toolkit.recipe import Recipe, resolved_toml
+from toolkit.recipe.resolve import resolved_content
 from toolkit.runs import Run, open_run
 from toolkit.training.resume import check_recipe
 from toolkit.training.trained_model import TrainedModel, load_model
@@ -46,6 +48,8 @@ class PublishResult:
     """URL of the repository; None if it was not pushed."""
     why_not: str = ""
     """Why the repository was not pushed; empty if it was."""
+    local_paths: tuple[str, ...] = ()
+    """Paths on this machine in model.args, which model.json must keep, because the model is built with them."""
 
 
 def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, private: bool, push: bool) -> PublishResult:
@@ -72,7 +76,8 @@ def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, priv
             raise UnreadableFile(run.path / "summary.json", error) from None
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     why_not = _cannot_push() if push else "--no-push was given"
-    return PublishResult(target, None if why_not else _push(target, repo, private), why_not)
+    paths = tuple(value for value in tree_leaves(trained.table.args) if is_local_path(value))
+    return PublishResult(target, None if why_not else _push(target, repo, private), why_not, paths)
 
 
 def _check_names(repo: str, license_id: str) -> None:
@@ -89,16 +94,51 @@ def _check_names(repo: str, license_id: str) -> None:
         )
 
 
+PATHS = (("data", "name"), ("data", "table"), ("data", "class_names"), ("data", "root"))
+"""Keys whose value may be a path on this machine."""
+
+ARGUMENTS = (("data", "args"), ("model", "args"), ("optimizer", "args"), ("scheduler", "args"), ("train", "loss_args"),
+             *(("augment", split) for split in ("train", "validation", "test")))  # fmt: skip
+"""Keys with arguments of any kind, which may contain such paths."""
+
+
 def shareable(recipe: Recipe) -> Recipe:
-    """Return the recipe without paths, accounts and trackers of its author."""
-    defaults = {"data": {"root": "data"}, "recipe": {"run_root": "runs"}}
-    update: dict[str, Any] = {
-        table: getattr(recipe, table).model_copy(update=values) for table, values in defaults.items()
-    }
-    tracking = type(recipe.tracking)(trackers=[])
-    return recipe.model_copy(
-        update={**update, "model": portable(recipe.model), "tracking": tracking, "slurm": None, "study": None}
+    """Return the recipe without paths, accounts and trackers of its author; of a path, the last name remains."""
+    plain = recipe.model_copy(
+        update={
+            "recipe": recipe.recipe.model_copy(update={"run_root": "runs"}),
+            "model": portable(recipe.model),
+            "tracking": type(recipe.tracking)(trackers=[]),
+            "slurm": None,
+            "study": None,
+        }
     )
+    content = resolved_content(plain)
+    if isinstance(content["data"]["root"], str):
+        content["data"]["root"] = "data"
+    for table, key in (*PATHS, *ARGUMENTS):
+        value = content[table].get(key)
+        is_list_of_names = key == "class_names" and isinstance(value, list)
+        if value is not None and not is_list_of_names:
+            content[table][key] = _without_folders(value)
+    return Recipe.model_validate(content)
+
+
+def _without_folders(value: Any) -> Any:
+    """Replace each path in a value that is absolute, or leaves the working directory, by its last name, as ./NAME."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return f"./{PurePath(value).name}" if is_local_path(value) else value
+
+
+def is_local_path(value: Any) -> bool:
+    """Return whether a value is a path that tells about this machine: absolute, in a home folder, or with ``..``."""
+    if not isinstance(value, str):
+        return False
+    path = PurePath(value)
+    return bool(path.name) and (path.is_absolute() or path.parts[0].startswith("~") or ".." in path.parts)
 
 
 # -- push -------------------------------------------------------------------------------------------------------------
