@@ -129,7 +129,7 @@ def test_status_and_sync_accept_latest(two_runs: tuple[str, str], monkeypatch: p
     shown = json.loads(toolkit("status", "latest", "--json").stdout)
     assert [row["run"] for row in shown] == [two_runs[1]]
     uploaded: list[Path] = []
-    monkeypatch.setattr("toolkit.wandb_sync.sync", lambda run: uploaded.append(run.path))
+    monkeypatch.setattr("toolkit.wandb_sync.sync", lambda run, log: uploaded.append(run.path))
     toolkit("sync", "latest", "--debug")
     assert uploaded == [Path(two_runs[1])]
 

@@ -216,6 +216,26 @@ def test_mlflow_gets_params_metrics_and_summary_from_the_main_process(mlflow_run
     assert tags.items() <= run.data.tags.items()
 
 
+def test_sync_ends_a_run_whose_process_was_killed_before_it_closed_the_tracker(
+    mlflow_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    client = MlflowClient(f"sqlite:///{mlflow_run.path}/mlflow.db")
+    experiment = client.get_experiment_by_name("digits").experiment_id
+    left_open = client.create_run(experiment, tags={"toolkit.run": f"small-{mlflow_run.id}"}).info.run_id
+    other = client.create_run(experiment, tags={"toolkit.run": "small-other"}).info.run_id
+    said = "its MLflow run was still RUNNING, and is FINISHED now"
+    for is_open in (True, False):
+        found = cli.toolkit("sync", str(mlflow_run.path))
+        assert (found.status, said in found.stderr) == (0, is_open), found.stderr
+    ended = client.get_run(left_open)
+    assert ended.info.status == "FINISHED"
+    assert ended.data.metrics["best.test_accuracy"] == mlflow_run.summary["best"]["test_accuracy"]
+    assert client.get_run(other).info.status == "RUNNING"
+    for run_id in (left_open, other):
+        client.delete_run(run_id)
+
+
 def kill_after_a_line_that_is_logged_again(rank: int) -> None:
     """Kill the process at step 13, when MLflow has the sixth line, of step 11; the last checkpoint is of step 10."""
     logged = threading.Event()

@@ -11,7 +11,6 @@ from typing import Any
 from accelerate.tracking import MLflowTracker
 
 from toolkit.errors import EXIT_OK, Interrupted
-from toolkit.formatting import flatten
 from toolkit.recipe.schema import Recipe
 from toolkit.runs import Run
 
@@ -79,16 +78,18 @@ def end_open_run(run: Run) -> bool:
 
     That happens if the process is killed after it wrote the summary and before it closed its trackers.
     """
-    recipe = run.recipe
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.path.absolute() / DATABASE}"
-    if "mlflow" not in recipe.tracking.trackers or not run.is_finished:
+    server, database = os.environ.get("MLFLOW_TRACKING_URI"), run.path.absolute() / DATABASE
+    if not run.is_finished or not (server or database.exists()):
         return False
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (run.path / DATABASE).exists():
+    recipe = run.recipe
+    if "mlflow" not in recipe.tracking.trackers:
         return False
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
-    client = mlflow.MlflowClient(uri)
+    from toolkit.trackers import flatten  # which imports this module
+
+    client = mlflow.MlflowClient(server or f"sqlite:///{database}")
     experiment = client.get_experiment_by_name(recipe.tracking.project)
     tag = f"tags.`toolkit.run` = '{recipe.recipe.name}-{run.id}'"
     found = client.search_runs([experiment.experiment_id], tag) if experiment else []

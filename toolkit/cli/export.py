@@ -105,10 +105,12 @@ def sync(
     """Upload runs to W&B that were tracked offline.
 
     Each run is uploaded once, from its metrics.jsonl, under its original id; a run that is still training is skipped.
-    After an incomplete upload, or once the run has continued, the same command uploads the rest.
+    After an incomplete upload, or once the run has continued, the same command uploads the rest. MLflow runs of
+    finished runs are ended if their process was killed before it did.
 
     Example: toolkit sync runs/quickstart
     """
+    from toolkit.mlflow_tracker import end_open_run
     from toolkit.slurm.job_status import find_runs
     from toolkit.wandb_sync import ServerUnreachable
     from toolkit.wandb_sync import sync as upload
@@ -120,6 +122,8 @@ def sync(
     done = []
     for run in found:
         try:
+            if end_open_run(run):
+                log(f"{run.path}: its MLflow run was still RUNNING, and is FINISHED now")
             done.append(upload(run, log))
         except ServerUnreachable:
             raise
