@@ -234,6 +234,10 @@ def test_sync_ends_a_run_whose_process_was_killed_before_it_closed_the_tracker(
     assert client.get_run(other).info.status == "RUNNING"
     for run_id in (left_open, other):
         client.delete_run(run_id)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    found = cli.toolkit("sync", str(mlflow_run.path))
+    assert (found.status, found.stdout) == (0, f"{mlflow_run.path}: was not tracked by W&B; nothing to upload\n")
+    assert f"warning: {mlflow_run.path}: MLflow could not be asked whether its run is open: " in found.stderr
 
 
 def kill_after_a_line_that_is_logged_again(rank: int) -> None:

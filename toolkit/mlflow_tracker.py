@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate.tracking import MLflowTracker
 
-from toolkit.errors import EXIT_OK, Interrupted
+from toolkit.errors import EXIT_OK, Interrupted, UserError, first_line
 from toolkit.recipe.schema import Recipe
 from toolkit.runs import Run
 
@@ -76,7 +76,8 @@ class MLflowRun(MLflowTracker):  # type: ignore[misc]  # Accelerate's classes ha
 def end_open_run(run: Run) -> bool:
     """End the MLflow run of a finished run, with its final metrics; return whether it was still open.
 
-    That happens if the process is killed after it wrote the summary and before it closed its trackers.
+    That happens if the process is killed after it wrote the summary and before it closed its trackers. Raises UserError
+    if MLflow's server or database does not respond.
     """
     server, database = os.environ.get("MLFLOW_TRACKING_URI"), run.path.absolute() / DATABASE
     if not run.is_finished or not (server or database.exists()):
@@ -85,18 +86,24 @@ def end_open_run(run: Run) -> bool:
     if "mlflow" not in recipe.tracking.trackers:
         return False
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    import mlflow
-
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its default retries for minutes
     from toolkit.trackers import flatten  # which imports this module
 
-    client = mlflow.MlflowClient(server or f"sqlite:///{database}")
-    experiment = client.get_experiment_by_name(recipe.tracking.project)
-    tag = f"tags.`toolkit.run` = '{recipe.recipe.name}-{run.id}'"
-    found = client.search_runs([experiment.experiment_id], tag) if experiment else []
-    still_open = [one.info.run_id for one in found if one.info.status == "RUNNING"]
     metrics = {key: value for key, value in flatten(run.summary).items() if isinstance(value, (int, float))}
-    for run_id in still_open:
-        for key, value in metrics.items():
-            client.log_metric(run_id, key, value)
-        client.set_terminated(run_id, "FINISHED")
+    try:
+        import mlflow
+
+        client = mlflow.MlflowClient(server or f"sqlite:///{database}")
+        experiment = client.get_experiment_by_name(recipe.tracking.project)
+        tag = f"tags.`toolkit.run` = '{recipe.recipe.name}-{run.id}'"
+        found = client.search_runs([experiment.experiment_id], tag) if experiment else []
+        still_open = [one.info.run_id for one in found if one.info.status == "RUNNING"]
+        for run_id in still_open:
+            for key, value in metrics.items():
+                client.log_metric(run_id, key, value)
+            client.set_terminated(run_id, "FINISHED")
+    except Exception as error:  # of the client, its HTTP library or the database
+        raise UserError(
+            f"{run.path}: MLflow could not be asked whether its run is open: {first_line(error)}"
+        ) from error
     return bool(still_open)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from toolkit.cli.errors import command
 from toolkit.cli.inference import log
 from toolkit.cli.options import AsJson, ModelPath, RunPath, output
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
+
+if TYPE_CHECKING:
+    from toolkit.runs import Run
 
 
 @command
@@ -110,7 +113,6 @@ def sync(
 
     Example: toolkit sync runs/quickstart
     """
-    from toolkit.mlflow_tracker import end_open_run
     from toolkit.slurm.job_status import find_runs
     from toolkit.wandb_sync import ServerUnreachable
     from toolkit.wandb_sync import sync as upload
@@ -121,9 +123,8 @@ def sync(
         log(f"no runs in {', '.join(map(str, folders))}")
     done = []
     for run in found:
+        _end_mlflow_run(run)
         try:
-            if end_open_run(run):
-                log(f"{run.path}: its MLflow run was still RUNNING, and is FINISHED now")
             done.append(upload(run, log))
         except ServerUnreachable:
             raise
@@ -135,3 +136,14 @@ def sync(
     if as_json:
         print(json.dumps([asdict(each) for each in done], indent=2))
     return EXIT_OK if len(done) == len(found) else EXIT_FAILURE
+
+
+def _end_mlflow_run(run: Run) -> None:
+    """End the MLflow run of a finished run if it is open; errors are logged, because W&B may still get the run."""
+    from toolkit.mlflow_tracker import end_open_run
+
+    try:
+        if end_open_run(run):
+            log(f"{run.path}: its MLflow run was still RUNNING, and is FINISHED now")
+    except UserError as error:
+        log(f"warning: {error}")
