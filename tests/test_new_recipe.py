@@ -410,6 +410,14 @@ def test_features_of_a_frozen_network_are_computed_once_in_the_time_of_training(
     assert seconds == pytest.approx(1797 / speed, rel=0.05)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+def test_a_folder_in_which_no_recipe_can_be_written_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/proc")
+    found = toolkit("new", "digits")
+    assert (found.status, found.stdout) == (2, "")
+    assert found.stderr.endswith("digits.toml cannot be written: No such file or directory; choose another path\n")
+
+
 def test_the_command_writes_a_recipe_once(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = toolkit("new", str(photographs))

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, output
+from toolkit.cli.options import AsJson, check_output, output
 from toolkit.errors import UserError
 
 
@@ -68,6 +68,7 @@ def new(
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
         raise UserError(f"{path} {reason}; choose another file with -o")
+    check_output(path)
     write_atomically(path, found.text.encode())
     next_command = found.next_command(str(path))
     if as_json:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit.error_handling import is_first_process
+from toolkit.errors import UserError
 
 if TYPE_CHECKING:
     from toolkit.recipe.load import LoadedRecipe
@@ -39,17 +40,24 @@ def chosen_recipe(text: str) -> str:
 
 
 def output(text: str) -> Path:
-    """Return the path of a file or folder to write, before a command computes what belongs there.
+    """Return the path of a file or folder to write, checked before a command computes what belongs there."""
+    try:
+        check_output(Path(text))
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from None
+    return Path(text)
 
-    Raises BadParameter unless a file can be created in its folder or, if there is none yet, in the nearest one above.
+
+def check_output(path: Path) -> None:
+    """Raise UserError unless a file can be created in the folder of ``path`` or in the nearest existing one above it.
+
+    Permissions do not tell: root has them on read-only mounts, too.
     """
-    path = Path(text)
     try:
         folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-        tempfile.TemporaryFile(dir=folder).close()  # permissions do not tell: root has them on read-only mounts, too
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise typer.BadParameter(f"{path} cannot be written: {error.strerror}; choose another path") from None
-    return path
+        raise UserError(f"{path} cannot be written: {error.strerror}; choose another path") from None
 
 
 def load_recipe(path: str, overrides: list[str] | None, *, text: str | None = None) -> LoadedRecipe:
