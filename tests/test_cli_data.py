@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:
     file.touch()
     outcome = toolkit("data", str(RECIPES / "quickstart.toml"), "--out", str(file / "x"))
     assert outcome.status == 2
-    assert f"cannot be written to {file / 'x'}" in outcome.stderr
+    assert f"{file / 'x'} cannot be written: Not a directory; choose another path" in outcome.stderr
     assert "Traceback" not in outcome.stderr
 
 

@@ -77,7 +77,7 @@ def add_an_unused_parameter(rank: int) -> None:
 def test_a_parameter_without_gradient_ends_the_run_with_its_cause(tmp_path: Path) -> None:
     statuses, text = statuses_and_output(tmp_path, 2, add_an_unused_parameter, *EMA)
     assert all(status != 0 for status in statuses), text
-    assert "your module has parameters that were not used in producing loss" in text
+    assert 'need a gradient of each trained parameter: freeze them, transfer.freeze = ["head.unused"]' in text
 
 
 @pytest.mark.parametrize(("world", "rank"), [(2, 0), (2, 1), (3, 1)])
