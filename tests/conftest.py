@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Set before torch or wandb are imported anywhere; every process that a test starts inherits it.
 os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true", HF_HUB_OFFLINE="1")
@@ -19,6 +20,7 @@ import pytest
 import torch
 from slurm_cluster import cluster, work_dir
 
+from toolkit.report import plot_style
 from toolkit.startup import COLLECT_AFTER
 
 __all__ = ["cluster", "work_dir"]
@@ -35,6 +37,17 @@ def _without_waiting_for_the_disk(descriptor: int) -> None:
 # Most test runs take less time than os.fsync would take to write their files to the disk. Tests that count or interrupt
 # calls of os.fsync wrap this function, and processes that are started with `python -m` use the real one.
 os.fsync = _without_waiting_for_the_disk
+
+_drawn = plot_style._bytes
+
+
+def _drawn_without_pdf(figure: Any, kind: str, **settings: Any) -> bytes:
+    return b"" if kind == "pdf" else _drawn(figure, kind, **settings)
+
+
+# A PDF file embeds parts of its fonts, which takes as much time as the rest of a report. Tests whose subject is not
+# figures or names in them get empty PDF files; the others use the fixture `pdf_figures`.
+plot_style._bytes = _drawn_without_pdf
 
 # Autograd creates its threads at the first backward pass, one per device that it sees. After a test with fake GPUs it
 # would create some, and no process could be forked any more; here it sees no GPU.
@@ -80,6 +93,12 @@ def own_cache(monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = Path(tempfile.mkdtemp(dir=CACHES)) / "cache"
     monkeypatch.setenv("TOOLKIT_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def pdf_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write figures as PDF files as well."""
+    monkeypatch.setattr(plot_style, "_bytes", _drawn)
 
 
 def pytest_unconfigure() -> None:

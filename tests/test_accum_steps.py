@@ -103,7 +103,11 @@ def results(run: Run) -> tuple[bytes, bytes, str]:
 
 @pytest.mark.parametrize(
     ("limits", "steps", "reason"),
-    [((5,), 3, "out of memory with 2"), ((7, 2), 3, "out of memory with 2"), ((7, 6), 1, "the first one tried")],
+    [
+        pytest.param((5,), 3, "out of memory with 2", marks=pytest.mark.extended),
+        ((7, 2), 3, "out of memory with 2"),
+        pytest.param((7, 6), 1, "the first one tried", marks=pytest.mark.extended),
+    ],
 )
 def test_the_fewest_steps_that_fit_on_every_process_are_found_without_a_trace_and_kept(
     tmp_path: Path, limits: tuple[int, ...], steps: int, reason: str

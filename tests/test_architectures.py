@@ -153,7 +153,7 @@ SLOW = (
 )
 """More than 20 million parameters, or slow to build: in the sample only if they are in RISKY."""
 SAMPLE = 18
-DEFAULT = 8
+DEFAULT = 4
 """Number of them that the default lane has."""
 """Number of sampled architectures; the slow tests cover all small ones."""
 

@@ -258,7 +258,7 @@ def on_separate_machines(cache: Path, rank: int) -> None:
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TOOLKIT_CACHE": str(cache / str(rank))}
 
 
-@pytest.mark.parametrize("kind", ["images", "features"])
+@pytest.mark.parametrize("kind", [pytest.param("images", marks=pytest.mark.extended), "features"])
 def test_every_machine_has_its_own_cache_and_the_same_training(tmp_path: Path, own_cache: Path, kind: str) -> None:
     data = digit_files(tmp_path / "data")
     settings = ("--set", "train.epochs=2", "--set", "train.batch_size=12")

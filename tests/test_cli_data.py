@@ -20,6 +20,8 @@ from toolkit.recipe import load_recipe
 from toolkit.report.data_plots import CAPTION, GAP, TILE, class_totals
 from toolkit.report.plot_style import SPLIT_COLORS
 
+pytestmark = pytest.mark.usefixtures("pdf_figures")
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 CLASSES = ["$x_1$ & <b>", "ñandú", "日本"]
 """In the data set's order; matplotlib would read one as a formula, and one has characters that are two columns wide."""

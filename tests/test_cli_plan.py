@@ -85,7 +85,13 @@ def test_the_shipped_recipes_are_found() -> None:
     assert len(shipped()) >= 20
 
 
-@pytest.mark.parametrize("recipe", shipped(), ids=lambda path: path.stem)
+LARGE = ("vit_small_caltech", "efficientnet_lite0_caltech_finetune", "resnet50_caltech", "efficientnet_lite0_caltech")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(path, id=path.stem, marks=pytest.mark.extended if path.stem in LARGE else ()) for path in shipped()],
+)
 def test_every_shipped_recipe_is_estimated_without_its_data(recipe: Path, tmp_path: Path) -> None:
     data = load_recipe(recipe).data
     classes = ["--classes", "10"] if data.dataset == "table" else []  # only the table says which there are
@@ -240,9 +246,14 @@ def test_time_is_estimated_from_the_most_recent_similar_run(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "name",
-    ["alexnet", "resnet18", "resnet50", "resnext50_32x4d", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small",
-     "efficientnet_b0", "shufflenet_v2_x1_0", "convnext_tiny"],
-)  # fmt: skip
+    [
+        *("alexnet", "resnet18", "resnext50_32x4d", "vgg11_bn", "mobilenet_v3_small"),
+        *(
+            pytest.param(name, marks=pytest.mark.extended)
+            for name in ("resnet50", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x1_0", "convnext_tiny")
+        ),
+    ],
+)
 def test_operation_counts_of_known_architectures_equal_torchvision_s(name: str) -> None:
     """torchvision states multiply-adds per image; backward costs twice the forward pass, less the input's gradient."""
     weights = next(iter(torchvision.models.get_model_weights(name)))

@@ -326,7 +326,13 @@ def test_photographs_give_the_same_run_from_every_source(caltech_subset: Path, t
         same(trained, found.setdefault("folder", outcome(trained)))
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(source, marks=() if source in ("csv", "shards", "url", "plugin") else pytest.mark.extended)
+        for source in SOURCES
+    ],
+)
 def test_a_killed_run_continues_as_if_uninterrupted_on_two_processes(
     source: str, images: Path, expected: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -395,7 +401,10 @@ def test_bad_rows_are_left_out_and_duplicates_found_in_a_table(images: Path, tmp
     ("source", "at_once", "limit", "kept"),
     [
         ("url", 2, 4.5 * 30_720, ("*.tar", 4)),  # of 11 shards of this size
-        ("parquet_shards", 1, 15_700, ("*.images", 3)),  # of 4 shards with 15,855 bytes of images
+        pytest.param(
+            *("parquet_shards", 1, 15_700, ("*.images", 3)),  # of 4 shards with 15,855 bytes of images
+            marks=pytest.mark.extended,
+        ),
     ],
 )
 def test_a_killed_run_whose_order_needs_few_shards_continues_with_a_cache_for_a_few(

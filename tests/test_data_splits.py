@@ -193,14 +193,14 @@ def test_the_split_hash_depends_on_images_classes_and_splits() -> None:
     assert split_hash(data, split_dataset(data, table())) in hashes
 
 
-@pytest.mark.parametrize("method", ["alternate", "stratified", "random"])
-def test_caltech_official_lists_halve_into_2892_and_2892(shared_data: Path, tmp_path: Path, method: str) -> None:
-    """The counts of the reports, from the real lists and file names (the files are empty here)."""
-    home = tmp_path / "caltech101"
+@pytest.fixture(scope="module")
+def caltech_names(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the lists and file names of Caltech-101; the images are empty files."""
+    folder = tmp_path_factory.mktemp("caltech")
     for name in ("caltech101-a.tar", "caltech101-b.tar"):
         with tarfile.open(shared_data / name) as archive:
             for member in archive:
-                path = tmp_path / member.name
+                path = folder / member.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if member.name.endswith(".txt"):
                     content = archive.extractfile(member)
@@ -208,14 +208,21 @@ def test_caltech_official_lists_halve_into_2892_and_2892(shared_data: Path, tmp_
                     path.write_bytes(content.read())
                 elif member.isfile():
                     path.touch()
+    return folder
+
+
+@pytest.mark.parametrize("method", ["alternate", "stratified", "random"])
+def test_caltech_official_lists_halve_into_2892_and_2892(caltech_names: Path, method: str) -> None:
+    """The counts of the reports, from the real lists and file names."""
     split = SplitConfig.model_validate({"method": method, "validation": 0.5})
-    recipe = DataConfig(dataset="caltech101", root=str(tmp_path), split=split)
+    recipe = DataConfig(dataset="caltech101", root=str(caltech_names), split=split)
     data = open_dataset(recipe)
     splits = split_dataset(data, recipe)
     assert len(data.classes) == 101
     assert data.classes[:3] == ["Faces", "Faces_easy", "Leopards"]
     assert {name: len(indices) for name, indices in splits.items()} == {"train": 2892, "validation": 2892, "test": 2893}
-    lines = [x for x in (home / "train.txt").read_text().split() if not x.startswith("BACKGROUND_Google/")]
+    listed = (caltech_names / "caltech101" / "train.txt").read_text().split()
+    lines = [path for path in listed if not path.startswith("BACKGROUND_Google/")]
     assert len(lines) == 5784
     if method == "alternate":
         assert [data.images.name(int(i)) for i in splits["validation"]] == lines[1::2]

@@ -25,7 +25,7 @@ from toolkit.runs import Run
 from toolkit.training.task import SingleLabel
 from toolkit.training.trained_model import TrainedModel
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("pdf_figures")]
 
 CLASSES = ["a", "b", "c"]
 

@@ -85,6 +85,7 @@ FORMATS_OF = {"convnet": ("onnx", "torch-export", "safetensors"), "resnet18": ("
 LANES = {
     ("timm", "onnx"): pytest.mark.slow,
     ("timm", "torch-export"): pytest.mark.slow,
+    ("resnet18", "safetensors"): pytest.mark.extended,
     ("resnet18", "onnx"): pytest.mark.extended,
     ("resnet18", "torch-export"): pytest.mark.extended,
 }

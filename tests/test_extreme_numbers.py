@@ -171,7 +171,10 @@ def study_text(parts: list[str], value: str) -> str:
     return f"{STUDY}{'.'.join(part for part in parts if part != '[]')} = {shown}\n"
 
 
-@pytest.mark.parametrize(("key", "kind"), OF_STUDIES)
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [pytest.param(*one, marks=pytest.mark.extended if at % 3 else ()) for at, one in enumerate(OF_STUDIES)],
+)
 def test_studies_with_extreme_numbers_are_read_or_refused_at_once(tmp_path: Path, key: str, kind: type) -> None:
     path = tmp_path / "study.toml"
     statuses = []

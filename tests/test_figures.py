@@ -33,6 +33,8 @@ from toolkit.report.run_data import ConvFilters, FilterEffect, Mistake, RunData,
 from toolkit.report.run_report import load_images
 from toolkit.runs import Run
 
+pytestmark = pytest.mark.usefixtures("pdf_figures")
+
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> RunData:

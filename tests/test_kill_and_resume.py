@@ -153,7 +153,13 @@ def test_a_run_killed_ten_times_gives_the_same_bytes(tmp_path: Path, world: int)
     assert survive(tmp_path / "killed", world, STATEFUL, 2 * len(KINDS), 6, world, *EMA) == plain
 
 
-@pytest.mark.parametrize("text", [FROZEN, GRADUAL], ids=["frozen features", "gradual"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(FROZEN, id="frozen features"),
+        pytest.param(GRADUAL, marks=pytest.mark.extended, id="gradual"),
+    ],
+)
 def test_killed_runs_with_frozen_features_or_gradual_unfreezing_give_the_same_bytes(tmp_path: Path, text: str) -> None:
     ema = ("--set", "train.ema=0.9")
     plain = uninterrupted(1, text, *ema, *epochs(8))

@@ -1,6 +1,7 @@
 """Training gives the same metrics with every launcher as in one process; each is a real command with two processes.
 
-test_cli.py and the README's first command, which CI executes, start `python -m toolkit.train` as a process of its own.
+test_wheel.py also starts two processes by torchrun. test_cli.py and the README's first command, which CI executes,
+start `python -m toolkit.train` as a process of its own.
 """
 
 from __future__ import annotations
@@ -62,20 +63,20 @@ def started(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
 
 
-def test_every_launcher_gives_the_same_metrics(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["accelerate", pytest.param("torchrun", marks=pytest.mark.extended)])
+def test_every_launcher_gives_the_same_metrics(tmp_path: Path, name: str) -> None:
     alone = toolkit("train", *arguments_for(tmp_path))
     assert alone.status == 0, alone.stderr
     assert "rank 0 of 1 on " in alone.stderr
     expected = open_run(alone.stdout.strip().splitlines()[-1])
     assert expected.environment["processes"] == 1
-    for name, command in LAUNCHERS.items():
-        done = started(command, tmp_path)
-        assert done.returncode == 0, done.stderr
-        run = open_run(done.stdout.strip().splitlines()[-1])
-        for rank in range(2):
-            assert f"rank {rank} of 2 on " in done.stderr, "start-up names every process"
-        assert run.environment["processes"] == 2
-        assert run.epoch_records()[0] == pytest.approx(expected.epoch_records()[0], rel=1e-5), name
+    done = started(LAUNCHERS[name], tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = open_run(done.stdout.strip().splitlines()[-1])
+    for rank in range(2):
+        assert f"rank {rank} of 2 on " in done.stderr, "start-up names every process"
+    assert run.environment["processes"] == 2
+    assert run.epoch_records()[0] == pytest.approx(expected.epoch_records()[0], rel=1e-5)
 
 
 def test_accelerate_reads_the_shipped_configurations() -> None:

@@ -245,6 +245,7 @@ def test_a_configuration_file_without_mixed_precision_is_accepted_with_a_note(
     assert launcher.unused_precision_line("bf16") is None
 
 
+@pytest.mark.extended
 def test_the_command_line_of_a_real_accelerate_launch_is_read(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, STATEFUL)
     command = [str(BIN / "accelerate"), "launch", "--num_processes", "2", "-m", "toolkit.train", str(recipe)]

@@ -21,7 +21,7 @@ from toolkit.recipe import load_recipe
 from toolkit.training.fit import fit
 from toolkit.training.train_step import TrainStep
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("pdf_figures")]
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
 

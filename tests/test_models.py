@@ -302,7 +302,9 @@ TORCHVISION = [
 ]
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.extended if at % 3 else ()) for at, name in enumerate(TORCHVISION)]
+)
 def test_torchvision_families(name: str) -> None:
     built = build_on_meta(tv(name), 224)
     assert_stages_cover(built)
@@ -343,7 +345,9 @@ TIMM = [
 ]
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.extended if at % 3 else ()) for at, name in enumerate(TIMM)]
+)
 def test_timm_families(name: str) -> None:
     built = build_on_meta(tm(name), 224)
     assert_stages_cover(built)

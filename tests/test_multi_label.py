@@ -34,6 +34,8 @@ from toolkit.training.trained_model import load_model
 pytestmark = pytest.mark.long
 
 KINDS = ("single_label", "multi_label")
+MULTI_LABEL_FIRST = [pytest.param("single_label", marks=pytest.mark.extended), "multi_label"]
+"""Kinds for what other files test with a single label."""
 SITES = ("north", "=south", "-2.5")
 RECIPE = """
 [recipe]
@@ -386,7 +388,7 @@ def test_equal_weights_of_images_change_nothing_and_unequal_ones_the_loss(tmp_pa
     assert abs(losses["unequal"] - losses["none"]) > 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MULTI_LABEL_FIRST)
 def test_a_killed_run_is_resumed_to_the_same_bytes_and_two_processes_give_the_same_metrics(
     tmp_path: Path, table: Path, kind: str
 ) -> None:
@@ -408,7 +410,7 @@ def kill_at_fifth_step(rank: int) -> None:
     at_call(TrainStep, "_update", 5, kill_self)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MULTI_LABEL_FIRST)
 def test_cached_features_give_the_metrics_of_images(tmp_path: Path, table: Path, kind: str) -> None:
     first = train(write_recipe(tmp_path, kind, table), "train.epochs=1")
     linear = (f"model.weights={json.dumps(f'file:{first.best_weights}')}", 'transfer.mode="linear_probe"')
@@ -420,7 +422,7 @@ def test_cached_features_give_the_metrics_of_images(tmp_path: Path, table: Path,
         assert cached.summary["best"][name] == pytest.approx(value, abs=1e-4), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MULTI_LABEL_FIRST)
 def test_a_study_has_a_table_and_a_page(tmp_path: Path, table: Path, kind: str) -> None:
     path = write_recipe(tmp_path, kind, table, CONVNET + '\n[study.grid]\n"optimizer.lr" = [0.1, 0.5]\n')
     folder = tmp_path / "runs" / "small"
@@ -438,7 +440,7 @@ def _missed_and_wrong(row: dict[str, str]) -> Iterator[tuple[str, str]]:
     yield from itertools.product(labels - predictions, predictions - labels)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MULTI_LABEL_FIRST)
 def test_w_and_b_gets_the_metrics_of_both_kinds_offline(tmp_path: Path, table: Path, kind: str) -> None:
     offline = 'tracking={ trackers = ["wandb"], mode = "offline" }'
     path = write_recipe(tmp_path, kind, table)

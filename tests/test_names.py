@@ -17,7 +17,7 @@ from PIL import Image
 from toolkit.filenames import decode_name, encode_name, escape_control_characters
 from toolkit.runs import Run
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("pdf_figures")]
 
 WORST = [
     os.fsdecode(b"latin-\xe9\xff"),

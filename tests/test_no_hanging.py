@@ -54,7 +54,10 @@ def raise_error() -> None:
     raise ZeroDivisionError("a fault planted by the test")
 
 
-@pytest.mark.parametrize(("world", "rank", "phase"), [(2, 0, "step"), (2, 1, "step"), (3, 1, "evaluation")])
+@pytest.mark.parametrize(
+    ("world", "rank", "phase"),
+    [pytest.param(2, 0, "step", marks=pytest.mark.extended), (2, 1, "step"), (3, 1, "evaluation")],
+)
 def test_an_exception_ends_all_processes_and_is_printed_last(tmp_path: Path, world: int, rank: int, phase: str) -> None:
     statuses, text = statuses_and_output(tmp_path, world, functools.partial(fail_on, rank, phase, raise_error), *EMA)
     assert all(status != 0 for status in statuses), text
@@ -80,7 +83,7 @@ def test_a_parameter_without_gradient_ends_the_run_with_its_cause(tmp_path: Path
     assert 'need a gradient of each trained parameter: freeze them, transfer.freeze = ["head.unused"]' in text
 
 
-@pytest.mark.parametrize(("world", "rank"), [(2, 0), (2, 1), (3, 1)])
+@pytest.mark.parametrize(("world", "rank"), [(2, 0), pytest.param(2, 1, marks=pytest.mark.extended), (3, 1)])
 def test_a_killed_process_ends_the_others_and_is_named(tmp_path: Path, world: int, rank: int) -> None:
     statuses, text = statuses_and_output(tmp_path, world, functools.partial(fail_on, rank, "step", kill_self), *EMA)
     assert statuses[rank] == -signal.SIGKILL
@@ -272,7 +275,7 @@ def full_disk(calls: range, rank: int) -> None:
     toolkit.runs.Run.write_metrics = write_half  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.extended)])
 def test_a_full_disk_is_a_warning_and_nothing_is_lost(tmp_path: Path, world: int) -> None:
     plain = uninterrupted(world, STATEFUL, *EMA)
     statuses, text = statuses_and_output(tmp_path / "full", world, functools.partial(full_disk, range(4, 12)), *EMA)

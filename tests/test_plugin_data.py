@@ -359,7 +359,7 @@ def registered(register: Callable[..., None]) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.extended), 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.extended)])
 def test_plugins_give_the_run_of_their_built_in_counterparts(processes: int, registered: None, tmp_path: Path) -> None:
     """Compare the digits with a flip, built in and as plugins; as plugins also killed and resumed."""
     expected = run_of(processes, tmp_path / "built-in", *IMAGES, *with_transform("RandomHorizontalFlip"))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from cli import toolkit
+from distributed import launch
 from finished import digit_files
 from plugin_modules import unload
 
@@ -55,21 +59,39 @@ def test_the_examples_give_the_output_that_is_shown(files: Path, monkeypatch: py
     assert run.sub("RUN", found.stderr) == run.sub("RUN", shown("toolkit predict runs/tiny image.png"))
 
 
+def print_of_the_script() -> str:
+    """Run the script as a launcher does, in this process, and return what it prints."""
+    sys.argv = ["my_train.py", "my.toml"]
+    sys.path.insert(0, os.getcwd())
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        runpy.run_path("my_train.py", run_name="__main__")
+    return shown.getvalue()
+
+
+def check(files: Path, printed: str) -> None:
+    run = open_run(next((files / "runs" / "tiny").iterdir()))
+    assert run.summary["processes"] == 2
+    assert run.recipe.model.name == "linear"
+    assert f"{run.summary['best']['test_accuracy']}\n" in printed
+
+
+@pytest.mark.long
+def test_the_script_is_short_and_runs_on_two_processes(files: Path) -> None:
+    assert len((files / "my_train.py").read_text().splitlines()) <= 15
+    check(files, "".join(launch(2, print_of_the_script)))
+
+
 @pytest.mark.parametrize(
     "launcher",
     [
         pytest.param(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], marks=pytest.mark.slow),
-        pytest.param(["accelerate.commands.launch", "--config_file", CPU], marks=pytest.mark.long),
+        pytest.param(["accelerate.commands.launch", "--config_file", CPU], marks=pytest.mark.extended),
     ],
     ids=["torchrun", "accelerate"],
 )
-def test_the_script_is_short_and_runs_under_a_launcher(files: Path, launcher: list[str]) -> None:
-    assert len((files / "my_train.py").read_text().splitlines()) <= 15
+def test_the_script_runs_under_a_launcher(files: Path, launcher: list[str]) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", *launcher, "my_train.py", "my.toml"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    run = open_run(next((files / "runs" / "tiny").iterdir()))
-    assert run.summary["processes"] == 2
-    assert run.recipe.model.name == "linear"
-    assert f"{run.summary['best']['test_accuracy']}\n" in done.stdout
+    check(files, done.stdout)

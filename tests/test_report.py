@@ -65,6 +65,7 @@ def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_report, "page_svg", lambda figure, label: f"<svg><title>{html.escape(label)}</title></svg>")
 
 
+@pytest.mark.usefixtures("pdf_figures")
 def test_a_report_has_all_figures_and_one_page(run: Run) -> None:
     outcome = report(run.path)
     assert (outcome.status, outcome.stderr) == (0, "")
@@ -189,7 +190,13 @@ GARBAGE: dict[str, list[bytes]] = {
 
 
 @pytest.mark.usefixtures("unrendered")
-@pytest.mark.parametrize("name", GARBAGE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("summary.json", "predictions.csv") else pytest.mark.extended)
+        for name in GARBAGE
+    ],
+)
 def test_a_damaged_file_is_named_and_the_rest_is_reported(run: Run, name: str, tmp_path: Path) -> None:
     for number, content in enumerate(GARBAGE[name]):
         damaged = Run(tmp_path / f"damaged{number}")

@@ -97,7 +97,7 @@ def test_each_signal_and_the_stop_file_stop_steps_and_evaluations(tmp_path: Path
     assert not (only_run(folder).path / "stop").exists()
 
 
-@pytest.mark.parametrize("phase", ["step", "evaluation"])
+@pytest.mark.parametrize("phase", ["step", pytest.param("evaluation", marks=pytest.mark.extended)])
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path: Path, phase: str) -> None:
     plain = uninterrupted(2, STATEFUL, *EMA)
     stopped(tmp_path / "last", 2, STATEFUL, phase, 4, by_signal(signal.SIGTERM, 1), *EMA)

@@ -25,6 +25,8 @@ from toolkit.study.plots import (
 from toolkit.study.search_space import random_configurations, read_space
 from toolkit.study.study_results import StudyResults, TableOptions, read_outcomes
 
+pytestmark = pytest.mark.usefixtures("pdf_figures")
+
 SPACE: dict[str, Any] = {
     "optimizer": {
         "lr": {"log_uniform": [1e-6, 1e-1]},

@@ -17,6 +17,8 @@ from toolkit.report import study_report as written_study
 from toolkit.study import plot_types
 from toolkit.study.directory import StudyDirectory
 
+pytestmark = pytest.mark.usefixtures("pdf_figures")
+
 
 @pytest.fixture
 def study(tmp_path: Path) -> StudyDirectory:

@@ -54,7 +54,7 @@ def epochs_in_log(folder: Path) -> int:
     return sum(line.startswith("epoch ") and "val loss" in line for line in lines)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.extended)])
 def test_output_to_a_closed_pipe_is_in_the_log(tmp_path: Path, world: int) -> None:
     recipe = write_recipe(tmp_path / "alone", STATEFUL)
     trainers = Trainers(world, tmp_path / "alone", recipe, *EMA, prepare=without_reader)
@@ -94,7 +94,7 @@ def on_terminal(master: int, slave: int, phase: str, there: Path) -> Callable[[i
     return prepare
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.extended)])
 def test_a_terminal_hangup_stops_the_run_with_a_checkpoint(tmp_path: Path, world: int) -> None:
     master, slave = pty.openpty()
     folder, there = tmp_path / "hung", tmp_path / "there"

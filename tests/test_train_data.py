@@ -105,15 +105,27 @@ def recipe_for_data(argument: str) -> str:
 
 @pytest.mark.long
 def test_two_processes_train_a_folder(images: Path) -> None:
+    main, other = launch(2, toolkit, "train", str(images), *SETTINGS, "--json")
+    assert (main.status, other.status) == (0, 0), main.stderr
+    check_two_processes(json.loads(main.stdout)["run"])
+
+
+def check_two_processes(path: str) -> None:
+    run = open_run(path)
+    assert run.processes == 2
+    assert (run.path / "written_recipe.toml").is_file()
+    assert len(list(Path("runs/images").iterdir())) == 1
+
+
+@pytest.mark.long
+@pytest.mark.extended
+def test_torchrun_trains_a_folder(images: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run(
         [*command, "toolkit.train", str(images), *SETTINGS, "--json"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    run = open_run(json.loads(done.stdout)["run"])
-    assert run.processes == 2
-    assert (run.path / "written_recipe.toml").is_file()
-    assert len(list(Path("runs/images").iterdir())) == 1
+    check_two_processes(json.loads(done.stdout)["run"])
 
 
 def test_a_recipe_file_without_its_suffix_is_still_a_recipe(images: Path) -> None:

@@ -136,7 +136,10 @@ def train_two_steps(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.extended if name in ("alexnet", "resnet50") else ()) for name in MODELS],
+)
 def test_exactly_the_trainable_parameters_change(name: str, mode: str) -> None:
     table, trains = MODES[mode]
     built = fresh(name)
