@@ -52,6 +52,7 @@ every_minutes = 0
 
 [tracking]
 trackers = [{trackers}]
+upload = []
 """
 DIGITS = 'dataset = "digits"\nimages_per_class = 20\ntest_images_per_class = 10'
 
