@@ -209,12 +209,9 @@ def test_if_a_process_is_killed_before_it_is_connected_the_others_end(tmp_path: 
 
 
 def test_a_hanging_store_does_not_block_the_others_longer_than_the_limit(tmp_path: Path) -> None:
-    def stop_first(rank: int) -> None:
-        os.environ |= {"WORLD_SIZE": "3", "TOOLKIT_JOIN_TIMEOUT": "5"}
-        if rank == 0:
-            after_seconds(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
-
-    trainers = started(tmp_path, 2, stop_first)
+    trainers = started(tmp_path, 2, variables(WORLD_SIZE="3", TOOLKIT_JOIN_TIMEOUT="5"))
+    trainers.wait_until(lambda: "rank 0: rank 2 of 3 has not joined" in trainers.text())
+    trainers.signal(signal.SIGSTOP, 0)
     trainers.wait_until(lambda: not trainers.processes[1].is_alive(), 20)
     assert trainers.processes[1].exitcode == 1
     assert "rank 1: gave up after 5 s: rank 2 of 3 has not joined" in trainers.text()

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from distributed import free_port
 
+import toolkit.training.fit  # noqa: F401  (imported once before processes are forked, not in each)
 from toolkit.cli.main import app
 from toolkit.models.build import build_model
 from toolkit.recipe import loads_recipe
