@@ -41,8 +41,45 @@ def issues(*overrides: str) -> list[str]:
     return [f"{item.severity}: {item.message}" for item in check(recipe)]
 
 
+LOGISTIC = ['transfer.mode="logistic"', "train.epochs=1", "augment={}", "scheduler={}"]
+
 CASES: list[tuple[str, list[str], list[str]]] = [
     # the issue, overrides that cause it, similar overrides that do not cause it
+    (
+        'error: train.epochs: with transfer.mode = "logistic", the layer is fitted once: set epochs = 1',
+        [*LOGISTIC, "train.epochs=2"],
+        LOGISTIC,
+    ),
+    (
+        'error: augment.train: with transfer.mode = "logistic", training images must not be augmented randomly',
+        [*LOGISTIC, 'augment.train=[{name="RandomRotation", degrees=3}]'],
+        LOGISTIC,
+    ),
+    (
+        'error: augment.mixup: with transfer.mode = "logistic", features of mixed images',
+        [*LOGISTIC, "augment.mixup=0.2"],
+        LOGISTIC,
+    ),
+    (
+        'error: data.cache: with transfer.mode = "logistic", features are computed once',
+        [*LOGISTIC, 'data.cache="off"'],
+        LOGISTIC,
+    ),
+    (
+        'error: train.loss: with transfer.mode = "logistic", the loss is "cross_entropy"',
+        [*LOGISTIC, 'train.loss="focal"'],
+        LOGISTIC,
+    ),
+    (
+        "error: transfer.C: several values need validation images",
+        [*LOGISTIC, "data.split.validation=0", 'train.best_metric="last"'],
+        [*LOGISTIC, "data.split.validation=0", 'train.best_metric="last"', "transfer.C=[1.0]"],
+    ),
+    (
+        'error: transfer.C: only mode "logistic" uses it, not "finetune"',
+        ["transfer.C=[1.0]"],
+        [],
+    ),
     ("error: model.name: torchvision has no model", ['model.name="resnet19"'], ['model.name="resnet34"']),
     ("error: model.name: torchvision has no model", ['model.name="hf-hub:evil/model"'], []),
     ("error: model.name: source", [*CONVNET, 'model.name="x"'], CONVNET),

@@ -86,6 +86,7 @@ MODES: dict[str, tuple[TransferConfig, str]] = {
     "backbone_only": (TransferConfig(mode="backbone_only"), "BH"),
     "backbone_only, head too": (TransferConfig(mode="backbone_only", new_layer="freeze"), "B"),
     "linear_probe": (TransferConfig(mode="linear_probe"), "H"),
+    "logistic": (TransferConfig(mode="logistic"), "H"),
     "gradual": (TransferConfig(mode="gradual", unfreeze_at=[2, 4]), "H"),
 }
 

@@ -70,6 +70,7 @@ class _Summary(Shape):
     train_loss: Number = None
     train_accuracy: Number = None
     last_thresholds: list[float] | None = None
+    C: float | None = None
     epochs_run: int = Field(0, ge=0)
     stopped_early: bool = False
     parameters: int = Field(0, ge=0)

@@ -127,7 +127,7 @@ def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> boo
             return is_classifier
         case "backbone_only":
             return not is_classifier or (is_head and table.new_layer == "train")
-        case "linear_probe" | "gradual":
+        case "linear_probe" | "logistic" | "gradual":
             return is_head
         case "norm_tuning":
             return is_head or isinstance(built.module.get_submodule(name.rpartition(".")[0]), NORMALIZATION_LAYERS)

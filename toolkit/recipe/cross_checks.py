@@ -14,7 +14,7 @@ from toolkit.recipe import catalog_checks, input_checks, task_checks
 from toolkit.recipe.diagnostics import Issue, error, warning
 from toolkit.recipe.gpu_support import is_random, unsupported_on_gpu
 from toolkit.recipe.image_size import convnet_output_size, input_size
-from toolkit.recipe.schema import DataConfig, Recipe, SchedulerConfig
+from toolkit.recipe.schema import DataConfig, Recipe, SchedulerConfig, TransferConfig
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
 from toolkit.recipe.training_schema import LOSS_KEYS, SCHEDULE_KEYS
@@ -51,6 +51,41 @@ def transfer(recipe: Recipe) -> Iterator[Issue]:
     if table.new_layer == "freeze" and mode != "backbone_only":
         text = f'only mode "backbone_only" uses it, not "{mode}"'
         yield error("transfer.new_layer", text, "transfer.mode", at="key")
+
+
+def logistic(recipe: Recipe) -> Iterator[Issue]:
+    """Check that mode "logistic" is not combined with what its one fit on fixed features cannot do."""
+    table, train, augment = recipe.transfer, recipe.train, recipe.augment
+    if table.mode != "logistic":
+        if table.C != TransferConfig().C:
+            text = f'only mode "logistic" uses it, not "{table.mode}"'
+            yield error("transfer.C", text, "transfer.mode", at="key")
+        return
+    head = recipe.model.head
+    impossible = {
+        "train.epochs": (train.epochs != 1, "the layer is fitted once: set epochs = 1"),
+        "train.loss": (train.loss != "cross_entropy", 'the loss is "cross_entropy"'),
+        "train.class_weights": (train.class_weights != "none", "classes are not weighted"),
+        "train.sampling": (train.sampling == "balanced", "each image counts once"),
+        "train.ema": (train.ema is not None, "there are no steps to average over"),
+        "augment.label_smoothing": (augment.label_smoothing > 0, "labels are not smoothed"),
+        "augment.mixup": (augment.mixup > 0, "features of mixed images cannot be computed once"),
+        "augment.cutmix": (augment.cutmix > 0, "features of mixed images cannot be computed once"),
+        "augment.train": (is_random("train", augment), "training images must not be augmented randomly"),
+        "data.cache": (recipe.data.cache == "off", "features are computed once and kept in the cache"),
+        "data.progressive_sizes": (bool(recipe.data.progressive_sizes), "all images are used at one size"),
+        "model.head": (bool(head.hidden or head.batch_norm or head.dropout), "the head is one Linear"),
+        "task.kind": (recipe.task.kind != "single_label", "each image has exactly one class"),
+        "transfer.freeze": (bool(table.freeze), "exactly the last layer is fitted"),
+        "transfer.train": (bool(table.train), "exactly the last layer is fitted"),
+        "transfer.frozen_batch_norm": (table.frozen_batch_norm == "update", "features must not change"),
+    }
+    for key, (is_set, reason) in impossible.items():
+        if is_set:
+            yield error(key, f'with transfer.mode = "logistic", {reason}', "transfer.mode")
+    if len(table.C) > 1 and recipe.data.split.validation == 0:
+        text = "several values need validation images to choose from, but data.split.validation is 0"
+        yield error("transfer.C", text, "data.split.validation", hint="give one value, such as C = [1.0]")
 
 
 def model(recipe: Recipe) -> Iterator[Issue]:
@@ -307,6 +342,7 @@ RULES = (
     task_checks.task,
     task_checks.unknown_metrics,
     transfer,
+    logistic,
     model,
     input_checks.image_size,
     input_checks.channels,

@@ -175,15 +175,30 @@ class TransferConfig(ConfigModel):
     """Which parameters are trained, and their learning-rate multipliers."""
 
     mode: Literal[
-        "scratch", "finetune", "feature_extractor", "backbone_only", "linear_probe", "gradual", "norm_tuning"
+        "scratch",
+        "finetune",
+        "feature_extractor",
+        "backbone_only",
+        "linear_probe",
+        "logistic",
+        "gradual",
+        "norm_tuning",
     ] = Field(
         "scratch",
         description="scratch, finetune: all parameters are trained. feature_extractor: the backbone is frozen, all "
         "fully connected layers are trained. backbone_only: the backbone is trained, all fully connected layers are "
-        "frozen (see new_layer). linear_probe: only the new head is trained. gradual: like linear_probe, then layer "
+        "frozen (see new_layer). linear_probe: only the new head is trained. logistic: the new "
+        "head is a logistic regression, fitted by L-BFGS on the frozen backbone's features (Kornblith et al. 2019, "
+        "arXiv:1805.08974; see C). gradual: like linear_probe, then layer "
         "groups are unfrozen from the top (see unfreeze_at). norm_tuning: the new head and the scale and shift of all "
         "normalization layers are trained (Frankle et al. 2021, arXiv:2003.00152). Default: finetune if model.weights "
         "is pretrained, else scratch.",
+    )
+    C: list[Annotated[float, Field(gt=0, le=1e12)]] = Field(
+        [0.001, 0.01, 0.1, 1.0, 10.0, 100.0],
+        min_length=1,
+        description="logistic: inverses of the regularization strength, as in scikit-learn's LogisticRegression; the "
+        "one with the highest validation accuracy is kept.",
     )
     freeze: list[str] = Field(
         [], description="Also freeze parameters whose names match one of these patterns (features.0.*)."

@@ -177,6 +177,8 @@ def _network(recipe: Recipe) -> Hashable:
     transfer.train_mode()
     in_eval_mode = tuple(name for name, module in built.module.named_modules() if not module.training)
 
+    if recipe.transfer.mode == "logistic":  # no optimizer is used
+        return model, tuple(trained), in_eval_mode, tuple(recipe.transfer.C)
     unfrozen: list[dict[str, Any]] = []
     if recipe.transfer.mode == "gradual":
         built.module.requires_grad_(True)

@@ -177,6 +177,7 @@ def _summary(training: Trainer, models: _FinalModels) -> dict[str, Any]:
         "best": models.best,
         "last": models.last,
         **({} if thresholds is None else {"last_thresholds": thresholds}),
+        **({} if progress.chosen_C is None else {"C": progress.chosen_C}),
         "train_loss": progress.last["train/loss"] if progress.last else None,
         "train_accuracy": progress.last["train/accuracy"] if progress.last else None,
         "epochs_run": progress.epoch,

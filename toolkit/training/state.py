@@ -40,6 +40,8 @@ class TrainProgress:
     """Total time of training steps in seconds, including sessions before a resume."""
     train_images: int = 0
     """Number of images trained on by all processes, including sessions before a resume."""
+    chosen_C: float | None = None
+    """The value of transfer.C that was chosen, with transfer.mode = "logistic"."""
     sums: list[list[float]] = field(default_factory=list)
     """Running metrics of each process, see :meth:`toolkit.training.train_step.RunningMetrics.state`."""
 

@@ -33,6 +33,7 @@ from toolkit.training.console import ProgressBar, epoch_line
 from toolkit.training.context import TrainingContext
 from toolkit.training.evaluation import evaluate
 from toolkit.training.loaders import CachePolicy, DataLoaders, build_loaders
+from toolkit.training.logistic_head import train_logistic_head
 from toolkit.training.lr_schedule import MetricMonitor, ReduceLROnPlateau, epoch_rank, learning_rate
 from toolkit.training.resume import choose_best_again
 from toolkit.training.run_writer import RunWriter
@@ -124,7 +125,11 @@ class Trainer:
         total, done = len(self.setup.splits["train"]), self.progress.step * self.recipe.train.batch_size
         with self.display.bar(f"epoch {epoch + 1}/{self.recipe.train.epochs}", total, done) as self.bar:
             hooks = TrainCallbacks(self._set_lr, lambda step, sums: self._after_step(epoch, step, sums), self._log_step)
-            is_complete = self.train_step.train_epoch(self.loaders.train, epoch, self.progress.step, sums, hooks)
+            if self.recipe.transfer.mode == "logistic":
+                train_logistic_head(self, sums)
+                is_complete = True
+            else:
+                is_complete = self.train_step.train_epoch(self.loaders.train, epoch, self.progress.step, sums, hooks)
         self.progress.train_seconds += time.perf_counter() - started
         if not is_complete:
             self._interrupt(sums)
