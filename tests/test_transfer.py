@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -264,6 +265,42 @@ def test_norm_tuning_trains_the_head_and_every_normalization_layer(
 def test_norm_tuning_needs_normalization_layers() -> None:
     with pytest.raises(UserError, match="no normalization layers; use linear_probe"):
         apply_transfer(fresh("alexnet"), TransferConfig(mode="norm_tuning"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_bias_trains_the_head_and_every_bias(name: str) -> None:
+    built = fresh(name)
+    table = TransferConfig(mode="bias")
+    transfer = apply_transfer(built, table)
+    before = {key: value.clone() for key, value in built.module.named_parameters()}
+    expected = names_under(built.module, [MODELS[name][4]]) | {key for key in before if key.endswith(".bias")}
+    assert set(transfer.trainable) == expected
+    train_two_steps(name, transfer, param_groups(built, table, SGD))
+    assert {key for key, value in built.module.named_parameters() if not torch.equal(value, before[key])} == expected
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "tf_efficientnet_lite0", "resnet18"])
+def test_layer_decay_by_block_is_that_of_timm(name: str) -> None:
+    with torch.device("meta"):
+        built = build_model(ModelConfig(source="timm", name=name), CLASSES, 3, 224)
+    table = TransferConfig(mode="finetune", layer_decay=0.7, layer_decay_by="block")
+    apply_transfer(built, table)
+    found = {id(p): group["lr_scale"] for group in param_groups(built, table, SGD) for p in group["params"]}
+    expected = timm.optim.param_groups_layer_decay(built.module, layer_decay=0.7)
+    assert found == pytest.approx({id(p): group["lr_scale"] for group in expected for p in group["params"]})
+
+
+def test_layer_decay_by_block_divides_torchvision_stages() -> None:
+    built = fresh("resnet18")
+    table = TransferConfig(mode="finetune", layer_decay=0.5, layer_decay_by="block")
+    transfer = apply_transfer(built, table)
+    scales = {id(p): group["lr_scale"] for group in param_groups(built, table, SGD) for p in group["params"]}
+    found = {name: scales[id(p)] for name, p in built.module.named_parameters()}
+    assert len(found) == len(scales)
+    blocks = [f"layer{stage}.{block}" for stage in (4, 3, 2, 1) for block in (1, 0)]
+    for depth, block in enumerate(["fc", *blocks, "conv1"]):
+        assert {found[name] for name in names_under(built.module, [block])} == {0.5**depth}
+    assert [row.lr for row in layer_group_table(transfer, SGD)][-2:] == pytest.approx([0.05, 0.1])
 
 
 def test_patterns_add_to_the_mode() -> None:

@@ -104,15 +104,43 @@ def _join(parts: list[_Part]) -> list[list[_Part]]:
     return stages
 
 
-def _timm_groups(module: nn.Module) -> list[list[str]]:
-    """Return the grouping that a timm model defines for layer decay; [] if it defines none or it fails."""
+def block_depths(module: nn.Module, stages: Sequence[LayerGroup]) -> dict[str, int]:
+    """Return for each parameter the number of blocks above it, 0 for the head: the exponent of layer decay by block.
+
+    For timm's models the blocks are those of timm's ``param_groups_layer_decay``. For others they are the layer groups,
+    with each list of blocks (such as a stage of a ResNet) divided into its blocks.
+    """
+    groups = _timm_groups(module, coarse=False)
+    if sum(map(bool, groups)) <= FEWEST:
+        blocks = [block for stage in stages[:-1] for block in _blocks_of(module, stage.prefixes)]
+        blocks.append(stages[-1].prefixes)
+        names = [name for name, _ in module.named_parameters()]
+        groups = [[name for name in names if is_under(name, block)] for block in blocks]
+    return {name: len(groups) - 1 - index for index, group in enumerate(groups) for name in group}
+
+
+def _blocks_of(module: nn.Module, prefixes: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Divide a layer group into blocks if it begins with a list of blocks; other parts join the last block."""
+    first = module.get_submodule(prefixes[0]) if prefixes[0] in dict(module.named_modules()) else None
+    children = list(first.named_children()) if isinstance(first, nn.Sequential | nn.ModuleList) else []
+    if len(children) < 2 or any(next(child.children(), None) is None for _, child in children):
+        return [prefixes]
+    blocks = [(f"{prefixes[0]}.{name}",) for name, _ in children]
+    return [*blocks[:-1], (*blocks[-1], *prefixes[1:])]
+
+
+def _timm_groups(module: nn.Module, *, coarse: bool = True) -> list[list[str]]:
+    """Return the grouping that a timm model defines for layer decay; [] if it defines none or it fails.
+
+    ``coarse``: by stage if the model has stages, else by block.
+    """
     if not hasattr(module, "group_matcher"):
         return []
     from timm.models import group_parameters
 
     matcher: Any = module.group_matcher
     try:
-        groups = group_parameters(module, matcher(coarse=True))
+        groups = group_parameters(module, matcher(coarse=coarse))
     except (AttributeError, AssertionError, TypeError, NotImplementedError):
         return []
     return [list(names) for _, names in sorted(groups.items())]

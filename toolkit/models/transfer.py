@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit.errors import UserError
 from toolkit.models.build import ModelBundle
-from toolkit.models.layer_groups import LayerGroup, is_under
+from toolkit.models.layer_groups import LayerGroup, block_depths, is_under
 from toolkit.recipe.schema import OptimizerConfig, TransferConfig
 
 NORMALIZATION_LAYERS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -111,6 +111,8 @@ def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
         )
     if table.mode == "norm_tuning" and not any(isinstance(m, NORMALIZATION_LAYERS) for m in built.module.modules()):
         raise UserError("transfer.mode = 'norm_tuning': the model has no normalization layers; use linear_probe")
+    if table.mode == "bias" and not any(_is_bias(name) and not is_under(name, built.heads) for name in names):
+        raise UserError("transfer.mode = 'bias': the model has no biases below its head; use linear_probe")
     _check_unfreezing(built, table)
     _check_stem(built, transfer)
     transfer.train_mode()
@@ -129,8 +131,16 @@ def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> boo
             return not is_classifier or (is_head and table.new_layer == "train")
         case "linear_probe" | "logistic" | "gradual":
             return is_head
+        case "bias":
+            return is_head or _is_bias(name)
         case "norm_tuning":
             return is_head or isinstance(built.module.get_submodule(name.rpartition(".")[0]), NORMALIZATION_LAYERS)
+
+
+def _is_bias(name: str) -> bool:
+    """Return whether a parameter is a bias: ``bias``, or one of attention such as ``in_proj_bias`` and ``q_bias``."""
+    last = name.rpartition(".")[2]
+    return last == "bias" or last.endswith("_bias")
 
 
 def _matches(key: str, patterns: list[str], names: list[str], built: ModelBundle) -> set[str]:
@@ -204,11 +214,11 @@ def param_groups(
     """
     known = {id(p) for group in groups for p in group["params"]}
     found = []
-    for stage, lr_scale in zip(built.stages, _lr_scales(built, table), strict=True):
+    for title, names, lr_scale in _lr_groups(built, table):
         fresh = [
             (name, p)
             for name, p in built.module.named_parameters()
-            if stage.holds(name) and p.requires_grad and id(p) not in known
+            if name in names and p.requires_grad and id(p) not in known
         ]
         plain = [p for _, p in fresh if optimizer.decay_bias_and_norm or p.ndim > 1]
         exempt = [p for _, p in fresh if not optimizer.decay_bias_and_norm and p.ndim <= 1]
@@ -220,7 +230,7 @@ def param_groups(
                         "lr": optimizer.lr * lr_scale,
                         "lr_scale": lr_scale,
                         "weight_decay": decay,
-                        "name": stage.name + suffix,
+                        "name": title + suffix,
                     }
                 )
     return found
@@ -232,9 +242,29 @@ def _lr_scales(built: ModelBundle, table: TransferConfig) -> list[float]:
     return [*(table.backbone_lr * table.layer_decay ** (below - index) for index in range(below)), table.head_lr]
 
 
+def _lr_groups(built: ModelBundle, table: TransferConfig) -> list[tuple[str, set[str], float]]:
+    """Return name, parameter names and learning-rate multiple of the groups with one learning rate, input first.
+
+    With layer_decay_by = "block", a layer group with several blocks is divided.
+    """
+    depths = block_depths(built.module, built.stages) if table.layer_decay_by == "block" else {}
+    groups = []
+    for stage, lr_scale in zip(built.stages, _lr_scales(built, table), strict=True):
+        inside = {name for name, _ in built.module.named_parameters() if stage.holds(name)}
+        if not depths or stage is built.stages[-1]:
+            groups.append((stage.name, inside, lr_scale))
+            continue
+        for depth in sorted({depths[name] for name in inside}, reverse=True):
+            names = {name for name in inside if depths[name] == depth}
+            title = f"{stage.name}, {depth} blocks below the head"
+            groups.append((title, names, table.backbone_lr * table.layer_decay**depth))
+    return groups
+
+
 def layer_group_table(transfer: Transfer, optimizer: OptimizerConfig) -> list[LayerGroupSummary]:
-    """Return one row per layer group, from input to output."""
-    scales = _lr_scales(transfer.built, transfer.table)
+    """Return one row per layer group, from input to output; with decay by block, the highest rate of its blocks."""
+    of_groups = _lr_groups(transfer.built, transfer.table)
+    scales = [max(scale for _, names, scale in of_groups if any(map(stage.holds, names))) for stage in transfer.stages]
     return [_row(transfer, stage, scale, optimizer) for stage, scale in zip(transfer.stages, scales, strict=True)]
 
 

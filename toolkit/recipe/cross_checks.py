@@ -48,6 +48,9 @@ def transfer(recipe: Recipe) -> Iterator[Issue]:
     if at and max(at) > recipe.train.epochs:
         text = f"epoch {max(at)} is beyond the run's {recipe.train.epochs} epochs"
         yield error("transfer.unfreeze_at", text, "train.epochs")
+    if table.layer_decay_by == "block" and table.layer_decay == 1:
+        text = '"block" has no effect, because transfer.layer_decay is 1'
+        yield warning("transfer.layer_decay_by", text, "transfer.layer_decay", hint="for example layer_decay = 0.75")
     if table.new_layer == "freeze" and mode != "backbone_only":
         text = f'only mode "backbone_only" uses it, not "{mode}"'
         yield error("transfer.new_layer", text, "transfer.mode", at="key")

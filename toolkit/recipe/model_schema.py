@@ -183,6 +183,7 @@ class TransferConfig(ConfigModel):
         "logistic",
         "gradual",
         "norm_tuning",
+        "bias",
     ] = Field(
         "scratch",
         description="scratch, finetune: all parameters are trained. feature_extractor: the backbone is frozen, all "
@@ -191,8 +192,9 @@ class TransferConfig(ConfigModel):
         "head is a logistic regression, fitted by L-BFGS on the frozen backbone's features (Kornblith et al. 2019, "
         "arXiv:1805.08974; see C). gradual: like linear_probe, then layer "
         "groups are unfrozen from the top (see unfreeze_at). norm_tuning: the new head and the scale and shift of all "
-        "normalization layers are trained (Frankle et al. 2021, arXiv:2003.00152). Default: finetune if model.weights "
-        "is pretrained, else scratch.",
+        "normalization layers are trained (Frankle et al. 2021, arXiv:2003.00152). bias: the new head and all "
+        "biases are trained (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199). Default: finetune if model.weights is "
+        "pretrained, else scratch.",
     )
     C: list[Annotated[float, Field(gt=0, le=1e12)]] = Field(
         [0.001, 0.01, 0.1, 1.0, 10.0, 100.0],
@@ -227,6 +229,12 @@ class TransferConfig(ConfigModel):
         le=1,
         description="Layer-wise learning-rate decay: factor from each layer group to the one below it (Clark et al. "
         "2020, ELECTRA); 1 disables.",
+    )
+    layer_decay_by: Literal["layer_group", "block"] = Field(
+        "layer_group",
+        description="Unit of layer_decay. layer_group: the parts listed before training. block: each residual or "
+        "transformer block, as timm groups them for BEiT, MAE and ConvNeXt (Bao et al. 2022, arXiv:2106.08254); the "
+        "head has no decay.",
     )
     frozen_batch_norm: Literal["fixed", "update"] = Field(
         "fixed",
