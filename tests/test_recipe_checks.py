@@ -272,6 +272,11 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ),
     ('error: transfer.mode: "gradual" needs pretrained', ['model.weights="none"', 'transfer.mode="gradual"'], []),
     (
+        'warning: transfer.layer_decay_by: "block" has no effect',
+        ['transfer.layer_decay_by="block"'],
+        ['transfer.layer_decay_by="block"', "transfer.layer_decay=0.75"],
+    ),
+    (
         'error: transfer.mode: "gradual" needs unfreeze_at',
         ['transfer.mode="gradual"'],
         ['transfer.mode="gradual"', "transfer.unfreeze_at=[1]"],
