@@ -60,9 +60,8 @@ def _labels(trainer: Trainer, split: str) -> Tensor:
 def _best(trainer: Trainer, x: Tensor, labels: Tensor, validation: Tensor | None) -> tuple[Tensor, Tensor, float]:
     """Return weight and bias of the chosen layer, on the CPU, and its C."""
     strengths = trainer.recipe.transfer.C
-    kind = torch.float32 if x.device.type == "mps" else torch.float64
     classes = len(trainer.setup.dataset.classes)
-    weights, biases, converged = fit_logistic(x.to(kind), labels.to(x.device), classes, strengths)
+    weights, biases, converged = fit_logistic(x, labels.to(x.device), classes, strengths)
     for strength, is_done in zip(strengths, converged, strict=True):
         if not is_done:
             trainer.display.log(f"warning: the fit with C = {strength:g} did not converge")
@@ -71,8 +70,8 @@ def _best(trainer: Trainer, x: Tensor, labels: Tensor, validation: Tensor | None
         targets = _labels(trainer, "validation").to(x.device)
         scores = []
         for weight, bias in zip(weights, biases, strict=True):
-            logits = F.linear(validation.to(kind), weight, bias)
+            logits = F.linear(validation, weight, bias)
             accuracy = (logits.argmax(1) == targets).double().mean().item()
             scores.append((accuracy, -F.cross_entropy(logits, targets).item()))
         best = max(range(len(strengths)), key=scores.__getitem__)
-    return weights[best].float().cpu(), biases[best].float().cpu(), strengths[best]
+    return weights[best].cpu(), biases[best].cpu(), strengths[best]
