@@ -46,7 +46,7 @@ def images_of(size: int, count: int) -> list[Image.Image]:
 
 
 def one_by_one(augment: GpuAugmentation, u: np.ndarray, size: int) -> list[One]:
-    """Return torchvision's function for each image, with the parameters that ``augment`` samples from u [m, slots]."""
+    """Return torchvision's function for each image, with the parameters that ``augment`` samples from u [images, n]."""
     op = augment.passes[-1]
     plan = op.plan(u, (size, size))
     if isinstance(op, ColorJitter):
@@ -63,7 +63,7 @@ def one_by_one(augment: GpuAugmentation, u: np.ndarray, size: int) -> list[One]:
     if isinstance(op, GaussianBlur):
         return [lambda image, s=s: F.gaussian_blur(image, list(op.kernel_size), [s, s]) for s in op.draw(u).tolist()]
     if isinstance(op, AffineOp):
-        angles = op.warp.draw(u[:, 1 : 1 + op.warp.slots], (size, size))[:, 0].tolist()
+        angles = op.warp.draw(u[:, 1 : 1 + op.warp.random_count], (size, size))[:, 0].tolist()
         return [lambda image, angle=angle: F.rotate(image, angle) for angle in angles]
     return [F.horizontal_flip if changed else lambda image: image for changed in plan.applied]
 
@@ -76,7 +76,7 @@ def compare(name: str, size: int, count: int, rounds: int) -> str:
     steps = build_transform("train", AugmentConfig.model_validate({"train": [ENTRIES[name]]}), preprocessing).steps
     augment = GpuAugmentation(steps, preprocessing, 0)
     op = augment.passes[-1]
-    u, chunk = np.random.default_rng(0).random((count, op.slots)), max(1, CHUNK // (3 * size**2))
+    u, chunk = np.random.default_rng(0).random((count, op.random_count)), max(1, CHUNK // (3 * size**2))
     functions = one_by_one(augment, u, size)
 
     def batched() -> Tensor:
