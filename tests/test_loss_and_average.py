@@ -15,14 +15,17 @@ from finished import CONVNET, train, train_on_files
 from timm.loss import BinaryCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from trainers import FROZEN, write_recipe
 
 from toolkit.data.sampling import SamplingPlan
 from toolkit.models.keyed_dropout import DropoutKeys
 from toolkit.recipe.schema import AugmentConfig, TrainConfig
+from toolkit.training.checkpoint import find_latest, load_checkpoint
 from toolkit.training.ema import ModelEma, decay_at, short_run_warning
 from toolkit.training.losses import training_loss
 from toolkit.training.task import SingleLabel
 from toolkit.training.train_step import RunningMetrics, TrainCallbacks, TrainStep, TrainStepConfig, _means
+from toolkit.training.trained_model import load_model
 
 IMAGES, CLASSES = 400, 2
 
@@ -198,6 +201,21 @@ def test_averaged_weights_of_a_short_run_do_not_contain_the_random_start(tmp_pat
     run = train(RECIPES / "quickstart.toml", f'recipe.run_root="{tmp_path}"', *SMALL, "train.ema=0.999")
     assert run.summary["last"]["test_accuracy"] > 0.95
     assert "warning: train.ema = 0.999 is an average over about 1,000 steps" in run.log_file.read_text()
+
+
+def test_the_last_averaged_model_of_a_cached_linear_probe_is_that_of_the_run(tmp_path: Path) -> None:
+    """With cached features only the tail is trained; checkpoints named its averages without the tail's prefix."""
+    recipe = write_recipe(tmp_path, FROZEN)
+    settings = ("train.ema=0.9", "train.epochs=2", "recipe.seed=0")
+    run = train(recipe, *settings)
+    assert "inputs of head computed once" in " ".join(run.summary["cached"])
+    exported = toolkit("export", run.path, "--format", "safetensors", "--epoch", "last")
+    assert exported.status == 0, exported.stderr
+    content = load_checkpoint(find_latest(run.checkpoints, lambda line: None))
+    assert content["ema"].keys() <= content["model"].keys()
+    last = load_model(run.path / "export" / "safetensors-last").module.state_dict()
+    assert all(torch.equal(last[name], value) for name, value in content["ema"].items())
+    assert not all(torch.equal(content["model"][name], value) for name, value in content["ema"].items())
 
 
 # -- nothing to train on ----------------------------------------------------------------------------------------------

@@ -80,12 +80,17 @@ def checkpoint_content(trainer: Trainer, processes: list[dict[str, Any]]) -> dic
         "patience": trainer.patience.state(),
         "plateau": trainer.plateau.state(),
         "model": trainer.setup.built.module.state_dict(),
-        "ema": {} if step.ema is None else step.ema.averages,
+        "ema": {} if step.ema is None else {_prefix(trainer) + name: v for name, v in step.ema.averages.items()},
         "optimizer": step.optimizer.state_dict(),
         "scaler": {} if scaler is None else scaler.state_dict(),
         "random": [each["random"] for each in processes],
         "statistics": [each["statistics"] for each in processes],
     }
+
+
+def _prefix(trainer: Trainer) -> str:
+    """Return what precedes a parameter's name in the whole model, if only its tail is trained, on cached features."""
+    return f"{trainer.loaders.tail}." if trainer.loaders.tail else ""
 
 
 def restore_model(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -118,7 +123,7 @@ def restore_rest(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         raise UserError(f"the checkpoint's optimizer state does not fit the recipe: {error}") from None
     if step.ema is not None:
         for name, value in checkpoint["ema"].items():
-            step.ema.averages[name].copy_(value)
+            step.ema.averages[name.removeprefix(_prefix(trainer))].copy_(value)
     if accelerator.scaler is not None and checkpoint["scaler"]:
         accelerator.scaler.load_state_dict(checkpoint["scaler"])
     if len(checkpoint["random"]) == accelerator.num_processes:
