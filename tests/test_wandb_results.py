@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import hashlib
 import json
 import signal
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -275,11 +277,22 @@ def test_the_models_of_the_last_and_the_best_epoch_are_versions_of_an_artifact(r
         assert json.loads(model.metadata) == {"recipe": "small", **run.summary[name]}
         files = {one.path: one for one in model.manifest.contents}
         assert set(files) == {weights, "model.json", "README.md"}
-        assert files["model.json"].digest == digest(run.checkpoints / "model.json")
+        assert json.loads((run.path / files["model.json"].local_path).read_text()) == run.model_card
         card = (run.path / files["README.md"].local_path).read_text()
         assert f"wandb artifact get {model.name}:{name} --root model" in card
         assert f"weights of epoch {run.summary[name]['epoch']}" in card
     assert files["best.safetensors"].digest == digest(run.best_weights)
+
+
+def test_the_model_artifact_has_no_folders_of_this_machine(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    trained = load_model(run.path)
+    table = trained.table.model_copy(update={"weights": "file:/home/ann/backbone.pth"})
+    trained = dataclasses.replace(trained, table=table)
+    files = wandb_artifacts._version(SimpleNamespace(id="1"), run, trained, "best").manifest.entries
+    assert json.loads(Path(files["model.json"].local_path).read_text())["model"]["weights"] == "file:backbone.pth"
 
 
 def test_the_run_has_git_state_job_type_and_group(run: Run, offline: Offline) -> None:

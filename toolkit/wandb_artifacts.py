@@ -127,17 +127,17 @@ def _version(target: Any, run: Run, trained: TrainedModel, alias: str) -> Any:
     """Return a version of the model's artifact without its weights: model.json and a model card."""
     import wandb
 
+    from toolkit.inference.export import portable
     from toolkit.inference.publish import model_card
 
     summary, content = run.summary, run.model_card
     metadata = {"recipe": run.recipe.recipe.name, **summary[alias]}
     artifact = wandb.Artifact(_name(f"model-{target.id}"), "model", metadata=metadata)
+    content["model"]["weights"] = portable(trained.table).weights
     if alias == "last" and "last_thresholds" in summary:
         content["task"]["thresholds"] = summary["last_thresholds"]
-        with artifact.new_file("model.json", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-    else:
-        artifact.add_file(str((run.checkpoints / "model.json").absolute()), policy="immutable", skip_cache=True)
+    with artifact.new_file("model.json", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
     with artifact.new_file("README.md", encoding="utf-8") as file:
         metrics = summary | {"best": summary[alias]}
         file.write(model_card(run, trained, run.recipe, metrics, artifact.name, "unknown", alias=alias))
