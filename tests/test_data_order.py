@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from toolkit.data.sampling import (
     MicroBatch,
@@ -18,6 +19,7 @@ from toolkit.data.sampling import (
     limit_to_shards,
     plan_epoch,
     plan_evaluation,
+    repeat_images,
     steps_per_epoch,
 )
 from toolkit.errors import UserError
@@ -189,6 +191,48 @@ def test_each_draw_of_an_image_has_its_own_number() -> None:
         assert positions.tolist() == draws.tolist()
     drawn = [int(d) for _, _, draws in balanced.epoch(0) for d in draws]
     assert drawn == [4, 5, 6, 7]  # an image drawn twice is augmented differently
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeated_images_are_in_the_batches_in_which_timm_has_them(repeats: int) -> None:
+    """timm's sampler gives the copies of an image to different processes, which together have the same images."""
+    world, batch, size = 4, 24, 4 * 24 * 2
+    shares = [list(RepeatAugSampler(range(size), world, rank, False, repeats, 0)) for rank in range(world)]
+    order = repeat_images(np.arange(size), repeats)
+    for start in range(0, size, batch):
+        expected = [share[start // world : (start + batch) // world] for share in shares]
+        assert sorted(order[start : start + batch].tolist()) == sorted(itertools.chain(*expected))
+
+
+def test_repeated_images_fill_an_epoch_and_are_never_mixed_with_themselves() -> None:
+    for size, repeats in itertools.product(range(1, 30), range(2, 6)):
+        order = repeat_images(np.arange(size)[::-1], repeats)
+        counts = np.bincount(order, minlength=size)
+        assert counts.sum() == size
+        assert counts.max() <= repeats
+        assert (counts[counts > 0] == repeats).sum() >= (counts > 0).sum() - 2, "all but the last pair are complete"
+        for batch in range(1, 8):
+            for micro in plan(size, 1, 0, batch_size=batch, mixing=True):
+                assert micro.partners is not None
+                for own, partner in zip(micro.positions, micro.positions[micro.partners], strict=True):
+                    assert own == partner or order[own] != order[partner]
+
+
+def test_copies_of_an_image_have_numbers_of_their_own_for_any_processes_and_first_step() -> None:
+    def epoch(first_step: int = 0, **changes: int) -> list[tuple[int, int, int]]:
+        sampling = SamplingPlan(size=17, seed=3, batch_size=6, repeats=3, **changes)
+        return [
+            (micro.step, position, draw)
+            for micro, positions, draws in sampling.epoch(1, first_step)
+            for position, draw in zip(positions[: micro.own].tolist(), draws[: micro.own].tolist(), strict=True)
+        ]
+
+    whole = epoch()
+    assert [draw for _, _, draw in whole] == list(range(17, 34))
+    assert [position for _, position, _ in whole] == repeat_images(epoch_order(3, 1, 17), 3).tolist()
+    assert epoch(1) == [row for row in whole if row[0] >= 1]
+    shared = [row for rank in range(3) for row in epoch(world=3, rank=rank) if row[0] < 2]  # the last step is not even
+    assert sorted(shared) == sorted(row for row in whole if row[0] < 2)
 
 
 def test_evaluation_gives_every_position_to_exactly_one_process() -> None:

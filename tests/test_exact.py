@@ -169,6 +169,14 @@ def test_processes_and_accumulation_do_not_change_the_experiment(
             assert_same_experiment(alone, run_with(tmp_path, 1, batch_norm, "train.grad_accum_steps=3"))
 
 
+def test_repeated_augmentation_is_the_same_on_two_processes(tmp_path: Path) -> None:
+    settings = ("augment.repeats=3", "train.epochs=2")
+    alone, two = (run_with(tmp_path, world, True, *settings) for world in (1, 2))
+    assert_same_experiment(alone, two)
+    without = run_with(tmp_path, 1, True, "train.epochs=2")
+    assert alone["epochs"][0]["train/loss"] != without["epochs"][0]["train/loss"]
+
+
 def test_the_number_of_data_workers_does_not_change_the_experiment(tmp_path: Path) -> None:
     runs = [run_with(tmp_path, 1, True, f"data.workers={workers}") for workers in (0, 3)]
     for key in ("epochs", "predictions"):

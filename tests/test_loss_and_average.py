@@ -20,6 +20,7 @@ from trainers import FROZEN, write_recipe
 from toolkit.data.sampling import SamplingPlan
 from toolkit.models.keyed_dropout import DropoutKeys
 from toolkit.recipe.schema import AugmentConfig, TrainConfig
+from toolkit.recipe.training_schema import LossConfig
 from toolkit.training.checkpoint import find_latest, load_checkpoint
 from toolkit.training.ema import ModelEma, decay_at, short_run_warning
 from toolkit.training.losses import training_loss
@@ -139,6 +140,12 @@ def test_binary_cross_entropy_equals_timm_s() -> None:
         binary_loss = training_loss(table("bce"), smoothing, None)
         expected = BinaryCrossEntropy(smoothing=smoothing, reduction="none")(logits, labels)
         torch.testing.assert_close(binary_loss(logits, labels), expected.mean(1))
+    for smoothing, threshold in ((0.0, 0.2), (0.1, 0.5), (0.1, 0.01)):
+        loss = TrainConfig(epochs=1, batch_size=40, loss="bce", loss_args=LossConfig(target_threshold=threshold))
+        own, timm = training_loss(loss, smoothing, None), BinaryCrossEntropy(smoothing, threshold, reduction="none")
+        torch.testing.assert_close(own(logits, labels), timm(logits, labels).mean(1))
+        if not smoothing:  # timm smooths the labels of mixed images while mixing
+            torch.testing.assert_close(own(logits, mixed), timm(logits, mixed).mean(1))
     dense = BinaryCrossEntropy(smoothing=0.0, reduction="none")(logits, mixed).mean(1)
     torch.testing.assert_close(training_loss(table("bce"), 0.0, None)(logits, mixed), dense)
 

@@ -87,6 +87,14 @@ def test_smoothing_of_labels_is_toward_one_half(logits: Tensor, multi_hot: Tenso
     torch.testing.assert_close(found, expected)
 
 
+def test_with_a_threshold_every_label_of_a_mixed_image_is_present(logits: Tensor, multi_hot: Tensor) -> None:
+    other = multi_hot.flip(0)
+    loss = training_loss(loss_table("bce", target_threshold=0.2), 0.1, None, multi_label=True)
+    present = (multi_hot.bool() | other.bool()).float()
+    expected = nn.functional.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(1)
+    torch.testing.assert_close(loss(logits, 0.3 * multi_hot + 0.7 * other), expected)
+
+
 @pytest.mark.parametrize("loss", ["bce", "focal", "asymmetric"])
 def test_losses_and_gradients_are_finite_for_extreme_logits(loss: str) -> None:
     logits = torch.tensor([[-200.0, 200.0, -200.0, 200.0]], requires_grad=True)

@@ -82,6 +82,19 @@ def epoch_order(seed: int, epoch: int, size: int, weights: npt.NDArray[np.float6
     return drawn
 
 
+def repeat_images(order: IntArray, times: int) -> IntArray:
+    """Return an order of the same length in which each image occurs ``times`` times in short succession, int64 [size].
+
+    For repeated augmentation (Hoffer et al. 2020, arXiv:1901.09335; torchvision's RASampler): only the first
+    1 / ``times`` of ``order`` is used, rounded up to whole pairs. Two images alternate until each has occurred
+    ``times`` times, so that :func:`plan_epoch` never mixes an image with itself. The last pair may be incomplete.
+    """
+    size = len(order)
+    pairs = -(-size // (2 * times))
+    repeated: IntArray = np.repeat(order[: 2 * pairs].reshape(-1, min(2, size)), times, axis=0).reshape(-1)[:size]
+    return repeated
+
+
 def limit_to_shards(order: IntArray, shards: IntArray, at_once: int, seed: int, epoch: int) -> IntArray:
     """Reorder an epoch so that only about ``at_once`` shards are read at any time; return the positions, int64 [size].
 
@@ -203,6 +216,8 @@ class SamplingPlan:
     mixing: bool = False
     weights: npt.NDArray[np.float64] | None = None
     """Sampling weights, see :func:`epoch_order`; None: every image once per epoch."""
+    repeats: int = 1
+    """How often each image of an epoch occurs in it, see :func:`repeat_images`."""
     views: int | None = None
     """Number of different augmented versions of each image; None: a new one each time."""
     shards: IntArray | None = None
@@ -218,11 +233,14 @@ class SamplingPlan:
         """Yield this process's micro-batches, each with the positions in the split and the draws it loads, int64 [m].
 
         A draw identifies one appearance of an image within the epoch, and keys its augmentation. It is the position
-        itself if every image occurs once, else ``size`` plus the index in the epoch's order.
+        itself if every image occurs once, else ``size`` plus the index in the epoch's order, so that an image that
+        occurs more than once is augmented differently each time.
         """
         order = epoch_order(self.seed, epoch, self.size, self.weights)
         if self.shards is not None:
             order = limit_to_shards(order, self.shards, self.shards_at_once, self.seed, epoch)
+        order = order if self.repeats == 1 else repeat_images(order, self.repeats)
+        occurs_once = self.weights is None and self.repeats == 1
         micro_batches = plan_epoch(
             self.size,
             batch_size=self.batch_size,
@@ -235,7 +253,7 @@ class SamplingPlan:
         )
         for micro in micro_batches:
             positions = order[micro.positions]
-            yield micro, positions, positions if self.weights is None else self.size + micro.positions
+            yield micro, positions, positions if occurs_once else self.size + micro.positions
 
     def view(self, epoch: int) -> int:
         """Return the number that keys an epoch's augmentation, along with the seed and :meth:`augmentation_ids`."""

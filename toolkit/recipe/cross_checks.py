@@ -74,6 +74,7 @@ def logistic(recipe: Recipe) -> Iterator[Issue]:
         "augment.label_smoothing": (augment.label_smoothing > 0, "labels are not smoothed"),
         "augment.mixup": (augment.mixup > 0, "features of mixed images cannot be computed once"),
         "augment.cutmix": (augment.cutmix > 0, "features of mixed images cannot be computed once"),
+        "augment.repeats": (augment.repeats > 1, "each image counts once"),
         "augment.train": (is_random("train", augment), "training images must not be augmented randomly"),
         "data.cache": (recipe.data.cache == "off", "features are computed once and kept in the cache"),
         "data.progressive_sizes": (bool(recipe.data.progressive_sizes), "all images are used at one size"),
@@ -276,7 +277,7 @@ def disabled_splits(recipe: Recipe) -> Iterator[Issue]:
 
 
 def augment(recipe: Recipe) -> Iterator[Issue]:
-    """Warn about mixup and CutMix settings without effect; check that ``run_on`` is possible for the transforms."""
+    """Check ``repeats``, and whether ``run_on`` is possible for the transforms; warn about keys without effect."""
     table = recipe.augment
     mixing = ("augment.mixup", "augment.cutmix")
     if table.mixup_prob != 1 and not (table.mixup or table.cutmix):
@@ -284,6 +285,12 @@ def augment(recipe: Recipe) -> Iterator[Issue]:
     if table.mixup_switch_prob != 0.5 and not (table.mixup and table.cutmix):
         text = "has no effect unless both mixup and cutmix are on"
         yield warning("augment.mixup_switch_prob", text, *mixing, at="key")
+    if table.repeats > 1 and recipe.data.fixed_views is not None:
+        text = f"all {table.repeats} versions of an image in a batch would be the same fixed view"
+        yield error("augment.repeats", text, "data.fixed_views", hint="remove one of the two")
+    elif table.repeats > 1 and not is_random("train", table):
+        text = f"repeats the same image {table.repeats} times, since training images are not augmented randomly"
+        yield warning("augment.repeats", text, "augment.train", at="key")
     for split in ("train", "validation", "test") if table.run_on == "device" else ():
         obstacle = unsupported_on_gpu(split, table)
         if obstacle is not None:

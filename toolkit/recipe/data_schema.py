@@ -382,6 +382,14 @@ class AugmentConfig(ConfigModel):
     random_erasing: Fraction = Field(
         0.0, description="Probability of erasing a rectangle of a training image (after normalization)."
     )
+    repeats: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="Repeated augmentation (Hoffer et al. 2020, arXiv:1901.09335): each batch contains this many "
+        "augmented versions of each of its images, as with torchvision's RASampler. An epoch has as many steps as "
+        "without, and therefore uses 1 / repeats of the images.",
+    )
     run_on: Literal["auto", "workers", "device"] = Field(
         "auto",
         description="Where transforms run. device: on whole batches, on the training device. workers: image by "

@@ -137,6 +137,12 @@ class LossConfig(ConfigModel):
     clip: FractionBelowOne = Field(
         0.05, description="asymmetric: amount by which probabilities of absent classes are reduced, but not below 0."
     )
+    target_threshold: FractionBelowOne | None = Field(
+        None,
+        description="bce: targets above this become 1, all others 0, after mixing and smoothing, so that each class in "
+        "a mixed image counts as present (Wightman et al. 2021, arXiv:2110.00476; timm's bce_target_thresh). Default: "
+        "targets remain probabilities.",
+    )
 
     @property
     def given(self) -> dict[str, Any]:
@@ -150,6 +156,7 @@ LOSS_KEYS = {
     "gamma_positive": "asymmetric",
     "gamma_negative": "asymmetric",
     "clip": "asymmetric",
+    "target_threshold": "bce",
 }
 """Loss that uses each key of [train.loss_args]."""
 

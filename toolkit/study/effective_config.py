@@ -153,7 +153,7 @@ def _transforms(recipe: Recipe) -> Hashable:
     if is_mixed(mixed):
         both = mixed.mixup > 0 and mixed.cutmix > 0
         found += [repr((mixed.mixup, mixed.cutmix, mixed.mixup_prob, both and mixed.mixup_switch_prob))]
-    return tuple(found), recipe.augment.label_smoothing, recipe.augment.auto_augment
+    return tuple(found), recipe.augment.label_smoothing, recipe.augment.auto_augment, recipe.augment.repeats
 
 
 # -- model, transfer and optimizer ------------------------------------------------------------------------------------

@@ -104,6 +104,8 @@ class TrainingContext:
         train, seed = self.recipe.train, self.recipe.recipe.seed
         key: list[str | int | bool]
         key = [split_hash(self.dataset, self.splits), seed, train.batch_size, train.drop_last, train.sampling]
+        if self.recipe.augment.repeats > 1:
+            key.append(self.recipe.augment.repeats)
         shards = self.shards("train")
         return key if shards is None else [*key, json_hash([self.recipe.data.shuffle_shards, shards.tolist()])]
 

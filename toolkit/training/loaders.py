@@ -225,6 +225,7 @@ def _plan(setup: TrainingContext) -> SamplingPlan:
         rank=setup.accelerator.process_index,
         mixing=is_mixed(setup.recipe.augment),
         weights=balanced_weights(setup.labels("train")) if table.sampling == "balanced" else None,
+        repeats=setup.recipe.augment.repeats,
         views=setup.recipe.data.fixed_views,
         shards=setup.shards("train"),
         shards_at_once=setup.recipe.data.shuffle_shards or 1,

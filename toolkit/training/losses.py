@@ -41,9 +41,14 @@ def training_loss(
                 F.cross_entropy, weight=class_weights, reduction="none", label_smoothing=label_smoothing
             )
         case "bce" if multi_label:
-            return weigh
+            return functools.partial(weigh, threshold=args.target_threshold)
         case "bce":
-            return functools.partial(binary_cross_entropy, smoothing=label_smoothing, weight=class_weights)
+            return functools.partial(
+                binary_cross_entropy,
+                smoothing=label_smoothing,
+                weight=class_weights,
+                threshold=args.target_threshold,
+            )
         case "focal":
             return functools.partial(weigh, gamma_positive=args.gamma, gamma_negative=args.gamma, alpha=args.alpha)
         case "asymmetric":
@@ -109,16 +114,23 @@ def check_loss(
     return None
 
 
-def binary_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, weight: Tensor | None) -> Tensor:
+def binary_cross_entropy(
+    logits: Tensor, targets: Tensor, smoothing: float, weight: Tensor | None, threshold: float | None = None
+) -> Tensor:
     """Return the mean over the classes of the binary cross-entropy of each class (Wightman et al. 2021, section 3.1).
 
     Arguments and result are those of :data:`Loss`. Smoothed targets are those of cross-entropy, as in timm's
-    BinaryCrossEntropy.
+    BinaryCrossEntropy. With ``threshold``, those above it then become 1 and the others 0.
     """
     if targets.dim() == 1:
         targets = F.one_hot(targets, logits.shape[1])
-    targets = targets.to(logits.dtype) * (1 - smoothing) + smoothing / logits.shape[1]
+    targets = _above(threshold, targets.to(logits.dtype) * (1 - smoothing) + smoothing / logits.shape[1])
     return F.binary_cross_entropy_with_logits(logits, targets, weight=weight, reduction="none").mean(1)
+
+
+def _above(threshold: float | None, targets: Tensor) -> Tensor:
+    """Return 1 for targets above the threshold and 0 for the others; the targets themselves without a threshold."""
+    return targets if threshold is None else (targets > threshold).to(targets.dtype)
 
 
 def binary_loss(
@@ -131,6 +143,7 @@ def binary_loss(
     alpha: float | None = None,
     smoothing: float = 0.0,
     smooth_toward: float | None = None,
+    threshold: float | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
     """Return the binary, focal or asymmetric loss of each example, averaged over the classes; see :data:`Loss`.
@@ -141,14 +154,14 @@ def binary_loss(
     present classes have the weight ``alpha`` and absent classes 1 - alpha; in general it is the asymmetric loss (Ridnik
     et al. 2021, arXiv:2009.14119).
 
-    ``smoothing`` moves targets toward ``smooth_toward``, by default 1 / K. ``weights``: weights of absent and of
-    present classes, [2, K].
+    ``smoothing`` moves targets toward ``smooth_toward``, by default 1 / K. With ``threshold``, targets above it then
+    become 1 and the others 0. ``weights``: weights of absent and of present classes, [2, K].
     """
     logits = logits.float()
     if targets.dim() == 1:
         targets = F.one_hot(targets, logits.shape[1])
     middle = 1 / logits.shape[1] if smooth_toward is None else smooth_toward
-    targets = targets.to(logits.dtype) * (1 - smoothing) + smoothing * middle
+    targets = _above(threshold, targets.to(logits.dtype) * (1 - smoothing) + smoothing * middle)
     not_present, not_absent = -F.logsigmoid(-logits), -F.logsigmoid(logits)  # -log(1 - p) and -log(p)
     present = not_absent * torch.exp(-gamma_positive * not_present) if gamma_positive else not_absent
     if clip:
