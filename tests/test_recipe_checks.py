@@ -347,6 +347,23 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['scheduler.name="step"', "scheduler.step_size=29"],
     ),
     (
+        "warning: scheduler.milestones: a milestone at epoch 30",
+        ['scheduler.name="multi_step"', "scheduler.milestones=[10, 30]"],
+        ['scheduler.name="multi_step"', "scheduler.milestones=[10, 29.5]"],
+    ),
+    (
+        "error: [scheduler]: milestones must be increasing",
+        ['scheduler.name="multi_step"', "scheduler.milestones=[20, 10]"],
+        ['scheduler.name="multi_step"', "scheduler.milestones=[10, 20]"],
+    ),
+    (
+        "warning: scheduler.T_0: the first cycle ends at epoch 30",
+        ['scheduler.name="cosine_restarts"', "scheduler.T_0=28", "scheduler.warmup_epochs=2"],
+        ['scheduler.name="cosine_restarts"', "scheduler.T_0=27", "scheduler.warmup_epochs=2"],
+    ),
+    ("error: [scheduler]: name = 'cosine_restarts' needs T_0", ['scheduler.name="cosine_restarts"'], []),
+    ("error: [scheduler]: name = 'multi_step' needs milestones", ['scheduler.name="multi_step"'], []),
+    (
         "warning: scheduler.step_size: has no effect",
         ['scheduler.name="cosine"', "scheduler.step_size=3"],
         ['scheduler.name="step"', "scheduler.step_size=3"],
@@ -503,6 +520,29 @@ def test_an_invalid_value_causes_no_follow_up_errors() -> None:
         loads_recipe(no_weights)
     assert [item.message for item in caught.value.diagnostics] == ["unknown key model.weigths"]
     assert len(issues("train.epochs=0", "scheduler.warmup_epochs=50", "early_stopping.patience=99")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        ("multistep", "multi_step"),
+        ("MultiStepLR", "multi_step"),
+        ("CosineAnnealingLR", "cosine"),
+        ("cosine_annealing", "cosine"),
+        ("CosineAnnealingWarmRestarts", "cosine_restarts"),
+        ("OneCycleLR", "one_cycle"),
+        ("ReduceLROnPlateau", "plateau"),
+        ("PolynomialLR", "polynomial"),
+        ("poly", "polynomial"),
+        ("StepLR", "step"),
+        ("none", "constant"),
+    ],
+)
+def test_names_of_schedules_in_other_libraries_are_understood(name: str, schedule: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        loads_recipe(BASE, overrides=[f'scheduler.name="{name}"'])
+    (found,) = caught.value.diagnostics
+    assert found.hint == f'did you mean "{schedule}"?'
 
 
 def test_errors_in_one_table_do_not_hide_others() -> None:

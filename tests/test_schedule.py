@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import timm.scheduler
 import torch
 
 from toolkit.recipe.schema import SchedulerConfig
@@ -45,6 +46,22 @@ def stepped(make, epochs: int) -> list[float]:
             lambda o: torch.optim.lr_scheduler.PolynomialLR(o, 12, power=2.0),
         ),
         ({"name": "polynomial"}, lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, 12)),
+        (
+            {"name": "multi_step", "milestones": [3, 5, 11], "gamma": 0.2},
+            lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [3, 5, 11], 0.2),
+        ),
+        (
+            {"name": "linear", "end_factor": 0.07},
+            lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.07, 12),
+        ),
+        (
+            {"name": "cosine_restarts", "T_0": 4, "min_lr": 0.01},
+            lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 4, eta_min=0.01),
+        ),
+        (
+            {"name": "cosine_restarts", "T_0": 2, "T_mult": 2, "min_lr": 0.01},
+            lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 2, 2, eta_min=0.01),
+        ),
         ({"name": "constant"}, lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
     ],
 )
@@ -53,8 +70,63 @@ def test_each_schedule_equals_torchs_epoch_by_epoch(table: dict, make) -> None:
     assert computed == pytest.approx(stepped(make, 12), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("table", "make"),
+    [
+        (
+            {"name": "cosine_restarts", "T_0": 1.5, "T_mult": 2, "cycle_decay": 0.5},
+            lambda o: timm.scheduler.CosineLRScheduler(o, 1.5, cycle_mul=2, cycle_decay=0.5, cycle_limit=9),
+        ),
+        (
+            {"name": "cosine_restarts", "T_0": 3, "cycle_decay": 0.5, "warmup_epochs": 2, "warmup_start_factor": 0.1},
+            lambda o: timm.scheduler.CosineLRScheduler(
+                o, 3, cycle_decay=0.5, cycle_limit=9, warmup_t=2, warmup_lr_init=0.1 * PEAK, warmup_prefix=True
+            ),
+        ),
+        (
+            {"name": "polynomial", "power": 3.0, "min_lr": 0.01, "warmup_epochs": 2, "warmup_start_factor": 0.1},
+            lambda o: timm.scheduler.PolyLRScheduler(
+                o, 10, power=3.0, lr_min=0.01, warmup_t=2, warmup_lr_init=0.1 * PEAK, warmup_prefix=True
+            ),
+        ),
+    ],
+)
+def test_schedules_equal_timms_within_epochs_too(table: dict, make) -> None:
+    scheduler = make(optimizer())
+    for step in range(48):
+        (expected,) = scheduler._get_lr(step / 4)
+        assert learning_rate(SchedulerConfig(**table), PEAK, step / 4, 12) == pytest.approx(expected, rel=1e-9)
+
+
+def test_milestones_may_lie_within_epochs() -> None:
+    table = SchedulerConfig(name="multi_step", milestones=[2.5, 7])
+    rates = [learning_rate(table, PEAK, epoch, 12) for epoch in (2.25, 2.5, 6.75, 7, 11)]
+    assert rates == pytest.approx([PEAK, PEAK / 10, PEAK / 10, PEAK / 100, PEAK / 100])
+
+
+def test_flat_cosine_equals_fastais_formula() -> None:
+    """fit_flat_cos of fastai: combine_scheds([0.75, 0.25], [SchedNo, SchedCos]), with SchedCos as below."""
+    table = SchedulerConfig(name="flat_cosine", min_lr=PEAK / 1e5)
+    for step in range(80):
+        position = step / 80
+        falling = PEAK + (1 + math.cos(math.pi * (1 - (position - 0.75) / 0.25))) * (PEAK / 1e5 - PEAK) / 2
+        expected = PEAK if position < 0.75 else falling
+        assert learning_rate(table, PEAK, step / 10, 8) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("decay_type", "middle"), [("1-sqrt", 1 - math.sqrt(0.5)), ("linear", 0.5)])
+def test_wsd_warms_up_stays_and_falls_at_the_end(decay_type: str, middle: float) -> None:
+    table = SchedulerConfig(
+        name="wsd", decay_type=decay_type, warmup_epochs=1, warmup_start_factor=0, min_lr=0.02, decay_fraction=0.4
+    )
+    rates = [learning_rate(table, PEAK, epoch, 10) for epoch in (0, 0.5, 1, 3, 6, 8, 10)]
+    assert rates == pytest.approx([0, PEAK / 2, PEAK, PEAK, PEAK, 0.02 + middle * (PEAK - 0.02), 0.02])
+    by_default = SchedulerConfig(name="wsd")
+    assert [learning_rate(by_default, PEAK, e, 10) < PEAK for e in (7.9, 8.1)] == [False, True]
+
+
 def test_step_and_exponential_are_constant_within_an_epoch_and_cosine_is_not() -> None:
-    for name, holds in (("step", True), ("exponential", True), ("cosine", False)):
+    for name, holds in (("step", True), ("exponential", True), ("cosine", False), ("linear", False)):
         table = SchedulerConfig(name=name, step_size=1 if name == "step" else None)
         assert (learning_rate(table, PEAK, 2.0, 10) == learning_rate(table, PEAK, 2.75, 10)) is holds
 
@@ -68,16 +140,22 @@ def test_one_cycle_peaks_at_its_given_step() -> None:
     assert rates[80] == pytest.approx(PEAK * 0.001)
 
 
-@pytest.mark.parametrize("name", ["constant", "step", "exponential", "cosine", "plateau"])
+@pytest.mark.parametrize(
+    "name", ["constant", "step", "multi_step", "exponential", "cosine", "linear", "flat_cosine", "plateau"]
+)
 def test_warmup_is_linear_and_then_the_schedule_starts(name: str) -> None:
     table = SchedulerConfig(
-        name=name, step_size=5 if name == "step" else None, warmup_epochs=2.0, warmup_start_factor=0.1
+        name=name,
+        step_size=5 if name == "step" else None,
+        milestones=[5] if name == "multi_step" else [],
+        warmup_epochs=2.0,
+        warmup_start_factor=0.1,
     )
     plain = table.model_copy(update={"warmup_epochs": 0.0})
     assert learning_rate(table, PEAK, 0, 10) == pytest.approx(0.1 * PEAK)
     middle = learning_rate(plain, PEAK, 1, 10) if name in ("exponential",) else PEAK
     assert learning_rate(table, PEAK, 1, 10) == pytest.approx(0.55 * middle)
-    if name != "cosine":  # cosine begins where the warm-up ends
+    if name not in ("cosine", "linear"):  # these begin where the warm-up ends
         assert learning_rate(table, PEAK, 3, 10) == learning_rate(plain, PEAK, 3, 10)
     else:
         assert learning_rate(table, PEAK, 2, 10) == pytest.approx(PEAK)

@@ -210,9 +210,15 @@ def scheduler(recipe: Recipe) -> Iterator[Issue]:
     if table.name == "step" and table.step_size is not None and table.step_size >= epochs:
         text = f"a period of {table.step_size} epochs has no effect in a run of {epochs}"
         yield warning("scheduler.step_size", text, "train.epochs", "scheduler.name")
+    if table.name == "multi_step" and max(table.milestones) >= epochs:
+        text = f"a milestone at epoch {max(table.milestones):g} has no effect in a run of {epochs}"
+        yield warning("scheduler.milestones", text, "train.epochs", "scheduler.name")
+    if table.T_0 is not None and table.name == "cosine_restarts" and table.warmup_epochs + table.T_0 >= epochs:
+        text = f"the first cycle ends at epoch {table.warmup_epochs + table.T_0:g}: no restart in a run of {epochs}"
+        yield warning("scheduler.T_0", text, "train.epochs", "scheduler.warmup_epochs", "scheduler.name")
     for key, users in SCHEDULE_KEYS.items():
         if table.name not in users and getattr(table, key) != getattr(default, key):
-            text = f'has no effect with name = "{table.name}"; it is for {" and ".join(users)}'
+            text = f'has no effect with name = "{table.name}"; it is for {", ".join(users)}'
             yield warning(f"scheduler.{key}", text, "scheduler.name", at="key")
     if table.args and not table.name.startswith(PREFIX):
         yield warning("scheduler.args", f'has no effect with name = "{table.name}"', "scheduler.name", at="key")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -56,25 +57,76 @@ class OptimizerConfig(ConfigModel):
 class SchedulerConfig(ConfigModel):
     """Learning-rate schedule, a function of epochs."""
 
-    name: Literal["constant", "step", "exponential", "cosine", "polynomial", "one_cycle", "plateau"] | PluginName = (
-        Field(
+    name: (
+        Literal[
             "constant",
-            description="constant: lr in every epoch. step: multiply by gamma every step_size epochs. exponential: "
-            "multiply by gamma every epoch. cosine, polynomial: fall from lr to min_lr, along half a cosine or as "
-            "(remaining share of the epochs) ** power. one_cycle: rise from start_factor x lr to lr, then fall "
-            "to end_factor x lr. plateau: multiply by gamma when the metric stops improving. plugin:NAME: your own "
-            "code (docs/plugins.md).",
-        )
+            "step",
+            "multi_step",
+            "exponential",
+            "linear",
+            "polynomial",
+            "cosine",
+            "cosine_restarts",
+            "flat_cosine",
+            "wsd",
+            "one_cycle",
+            "plateau",
+        ]
+        | PluginName
+    ) = Field(
+        "constant",
+        description="constant: lr in every epoch. step: multiply by gamma every step_size epochs. multi_step: multiply "
+        "by gamma at each of the milestones. exponential: multiply by gamma every epoch. linear: fall linearly from lr "
+        "to end_factor x lr. polynomial, cosine: fall from lr to min_lr, as (remaining share of the epochs) ** power "
+        "or along half a cosine. cosine_restarts: such cosines of T_0, T_0 x T_mult, ... epochs, one after the other. "
+        "flat_cosine: lr, then a cosine to min_lr in the last decay_fraction of the epochs (fastai's fit_flat_cos). "
+        "wsd: warm-up, lr, then a fall of decay_type to min_lr in the last decay_fraction of the epochs (Hu et al. "
+        "2024). one_cycle: rise from start_factor x lr to lr, then fall to end_factor x lr. plateau: multiply by gamma "
+        "when the metric stops improving. plugin:NAME: your own code (docs/plugins.md).",
     )
     args: dict[str, Any] = Field({}, description="plugin: arguments of the schedule.")
     step_size: int | None = Field(
         None, ge=1, description="step: epochs between two reductions.", json_schema_extra=EPOCHS
     )
-    gamma: float | None = Field(
-        None, gt=0, le=1, description="Decay factor of step (default 0.1), exponential (0.95) and plateau (0.1)."
+    milestones: list[Annotated[float, Field(gt=0)]] = Field(
+        [], description="multi_step: epochs at which lr is multiplied by gamma.", json_schema_extra=EPOCHS
     )
-    min_lr: float = Field(0.0, ge=0, description="cosine, polynomial, plateau: lower bound on the learning rate.")
+    gamma: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Decay factor of step (default 0.1), multi_step (0.1), exponential (0.95) and plateau (0.1).",
+    )
+    min_lr: float = Field(
+        0.0,
+        ge=0,
+        description="polynomial, cosine, cosine_restarts, flat_cosine, wsd, plateau: lower bound on the learning rate.",
+    )
     power: float = Field(1.0, gt=0, le=100, description="polynomial: exponent; 1 is a linear decay.")
+    T_0: float | None = Field(
+        None,
+        ge=0.01,
+        description="cosine_restarts: length of the first cycle, which begins after the warm-up.",
+        json_schema_extra=EPOCHS,
+    )
+    T_mult: int = Field(
+        1, ge=1, le=100, description="cosine_restarts: factor by which each cycle is longer than the one before it."
+    )
+    cycle_decay: float = Field(
+        1.0, gt=0, le=1, description="cosine_restarts: height of each cycle as a multiple of the one before it."
+    )
+    decay_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="flat_cosine (default 0.25), wsd (0.2): fraction of the epochs, at the end of the run, in which lr "
+        "falls.",
+    )
+    decay_type: Literal["1-sqrt", "linear"] = Field(
+        "1-sqrt",
+        description="wsd: fall as 1 - sqrt(share of the decay that has passed), which Haegele et al. 2024 "
+        "(arXiv:2405.18392) found to be better than a linear one; or linearly.",
+    )
     warmup_epochs: float = Field(
         0.0,
         ge=0,
@@ -98,27 +150,41 @@ class SchedulerConfig(ConfigModel):
         0.3, gt=0, lt=1, description="one_cycle: fraction of the epochs after which lr is reached (Smith 2018)."
     )
     start_factor: float = Field(0.04, gt=0, le=1, description="one_cycle: first learning rate, as a fraction of lr.")
-    end_factor: float = Field(4e-6, gt=0, le=1, description="one_cycle: last learning rate, as a fraction of lr.")
+    end_factor: float = Field(
+        4e-6, ge=0, le=1, description="linear, one_cycle: last learning rate, as a fraction of lr."
+    )
 
     @model_validator(mode="after")
-    def _step_needs_step_size(self) -> SchedulerConfig:
+    def _needs_its_epochs(self) -> SchedulerConfig:
         if self.name == "step" and self.step_size is None:
             raise ValueError("name = 'step' needs step_size (epochs)")
+        if self.name == "multi_step" and not self.milestones:
+            raise ValueError("name = 'multi_step' needs milestones (epochs), for example milestones = [30, 60, 80]")
+        if any(later <= earlier for earlier, later in pairwise(self.milestones)):
+            raise ValueError("milestones must be increasing")
+        if self.name == "cosine_restarts" and self.T_0 is None:
+            raise ValueError("name = 'cosine_restarts' needs T_0, the epochs of the first cycle")
         return self
 
 
 SCHEDULE_KEYS = {
     "step_size": ("step",),
-    "gamma": ("step", "exponential", "plateau"),
-    "min_lr": ("cosine", "polynomial", "plateau"),
+    "milestones": ("multi_step",),
+    "gamma": ("step", "multi_step", "exponential", "plateau"),
+    "min_lr": ("polynomial", "cosine", "cosine_restarts", "flat_cosine", "wsd", "plateau"),
     "power": ("polynomial",),
+    "T_0": ("cosine_restarts",),
+    "T_mult": ("cosine_restarts",),
+    "cycle_decay": ("cosine_restarts",),
+    "decay_fraction": ("flat_cosine", "wsd"),
+    "decay_type": ("wsd",),
     "metric": ("plateau",),
     "patience": ("plateau",),
     "threshold": ("plateau",),
     "threshold_mode": ("plateau",),
     "pct_start": ("one_cycle",),
     "start_factor": ("one_cycle",),
-    "end_factor": ("one_cycle",),
+    "end_factor": ("linear", "one_cycle"),
 }
 """The schedules that use each key; keys not listed apply to all schedules."""
 

@@ -64,6 +64,24 @@ OTHER_NAMES = {
 """Names that other tools use for a key and that are too different from its name to be found by similarity."""
 
 
+OTHER_SCHEDULES = {
+    "none": "constant",
+    "poly": "polynomial",
+    "cosineannealing": "cosine",
+    "cosineannealingwarmrestarts": "cosine_restarts",
+    "cosinewarmrestarts": "cosine_restarts",
+    "warmrestarts": "cosine_restarts",
+    "sgdr": "cosine_restarts",
+    "fitflatcos": "flat_cosine",
+    "flatcos": "flat_cosine",
+    "warmupstabledecay": "wsd",
+    "trapezoidal": "wsd",
+    "reduceonplateau": "plateau",
+    "reducelronplateau": "plateau",
+}
+"""Names of schedules in torch, timm and other tools, in lower case, without underscores and a final "lr"."""
+
+
 @dataclass
 class ValidationResult:
     """Validation result; ``recipe`` has placeholders at the ``untrusted`` paths, or is None if none could be built."""
@@ -226,6 +244,9 @@ def _value_hint(key: _Key, expected: str) -> str | None:
     allowed = list(_allowed_strings(key.annotation))
     if (new := RENAMED_VALUES.get(value, renamed_metric(value))) != value and new in allowed:
         return f'renamed to "{new}"'
+    if key.path == ("scheduler", "name"):
+        plain = value.casefold().replace("_", "").replace("-", "").removesuffix("lr")
+        value = OTHER_SCHEDULES.get(plain, plain)
     similar = similar_names(value, allowed, 1)
     if similar:
         return f'did you mean "{similar[0]}"?'

@@ -185,7 +185,8 @@ class RunData:
     @property
     def decays_by_factors(self) -> bool:
         """Whether the schedule multiplies the learning rate by a factor, which suits a logarithmic scale."""
-        return self.recipe is not None and self.recipe.scheduler.name in ("step", "exponential", "plateau")
+        names = ("step", "multi_step", "exponential", "plateau")
+        return self.recipe is not None and self.recipe.scheduler.name in names
 
     @property
     def state(self) -> str:

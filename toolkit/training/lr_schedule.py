@@ -6,6 +6,7 @@ processes have the same schedule. Only the plateau schedule has state.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 import math
@@ -19,26 +20,31 @@ from toolkit.errors import UserError, first_line
 from toolkit.metrics import higher_is_better
 from toolkit.plugins import PREFIX, Plugin, find
 from toolkit.recipe.schema import SchedulerConfig
+from toolkit.recipe.training_schema import SCHEDULE_KEYS
 
 
-def lr_factor(table: SchedulerConfig, epoch: float, epochs: int) -> float:
+def lr_factor(table: SchedulerConfig, epoch: float, epochs: float) -> float:
     """Return the factor of the peak learning rate at ``epoch``, a fraction between 0 (start) and ``epochs`` (end).
 
-    step: StepLR. exponential: multiply by gamma per epoch. cosine: Loshchilov & Hutter 2017 (arXiv:1608.03983), one
-    cycle. polynomial: PolynomialLR over the epochs after the warm-up. one_cycle: Smith & Topin 2018 (arXiv:1708.07120)
-    with cosine annealing. The warm-up factor multiplies that of the schedule. The lower bound ``min_lr`` of cosine and
-    polynomial is applied by :func:`learning_rate`. plugin:NAME: the factor that the plugin's function returns.
+    step: StepLR. multi_step: MultiStepLR. exponential: multiply by gamma per epoch. cosine, cosine_restarts: Loshchilov
+    & Hutter 2017 (arXiv:1608.03983), one cycle or several. linear, polynomial: LinearLR and PolynomialLR over the
+    epochs after the warm-up. one_cycle: Smith & Topin 2018 (arXiv:1708.07120) with cosine annealing. flat_cosine:
+    ``fit_flat_cos`` of fastai. wsd: Hu et al. 2024 (arXiv:2404.06395); decay_type "1-sqrt": Haegele et al. 2024
+    (arXiv:2405.18392). The warm-up factor multiplies that of the schedule. The lower bound ``min_lr`` is applied by
+    :func:`learning_rate`. plugin:NAME: the factor that the plugin's function returns.
     """
     return _warmup(table, epoch) * _base(table, epoch, epochs)
 
 
-def learning_rate(table: SchedulerConfig, peak: float, epoch: float, epochs: int, plateau_factor: float = 1.0) -> float:
+def learning_rate(
+    table: SchedulerConfig, peak: float, epoch: float, epochs: float, plateau_factor: float = 1.0
+) -> float:
     """Return the learning rate of a parameter group whose peak is ``peak``."""
-    if table.name in ("cosine", "polynomial"):
-        floor = min(table.min_lr, peak)
-        return _warmup(table, epoch) * (floor + (peak - floor) * _base(table, epoch, epochs))
     if table.name == "plateau":
         return _warmup(table, epoch) * max(peak * plateau_factor, min(table.min_lr, peak))
+    if table.name in SCHEDULE_KEYS["min_lr"]:
+        floor = min(table.min_lr, peak)
+        return _warmup(table, epoch) * (floor + (peak - floor) * _base(table, epoch, epochs))
     return peak * lr_factor(table, epoch, epochs)
 
 
@@ -48,17 +54,29 @@ def _warmup(table: SchedulerConfig, epoch: float) -> float:
     return table.warmup_start_factor + (1 - table.warmup_start_factor) * epoch / table.warmup_epochs
 
 
-def _base(table: SchedulerConfig, epoch: float, epochs: int) -> float:
+def _base(table: SchedulerConfig, epoch: float, epochs: float) -> float:
+    start = min(table.warmup_epochs, epochs)
     match table.name:
         case "step":
             assert table.step_size is not None
             return gamma_of(table) ** (math.floor(epoch) // table.step_size)
+        case "multi_step":
+            return gamma_of(table) ** bisect.bisect_right(table.milestones, epoch)
         case "exponential":
             return gamma_of(table) ** math.floor(epoch)
-        case "cosine" | "polynomial":
-            start = min(table.warmup_epochs, epochs)
-            share = min(max((epoch - start) / max(epochs - start, 1e-9), 0.0), 1.0)
-            return 0.5 * (1 + math.cos(math.pi * share)) if table.name == "cosine" else (1 - share) ** table.power
+        case "cosine":
+            return _cosine_between(1.0, 0.0, _share(epoch, start, epochs))
+        case "cosine_restarts":
+            return _with_restarts(table, max(epoch - start, 0.0))
+        case "linear":
+            return 1 - (1 - table.end_factor) * _share(epoch, start, epochs)
+        case "polynomial":
+            return math.pow(1 - _share(epoch, start, epochs), table.power)
+        case "flat_cosine" | "wsd":
+            share = _share(epoch, (1 - decay_fraction_of(table)) * epochs, epochs)
+            if table.name == "flat_cosine":
+                return _cosine_between(1.0, 0.0, share)
+            return 1 - (share if table.decay_type == "linear" else math.sqrt(share))
         case "one_cycle":
             share = min(epoch / epochs, 1.0)
             if share < table.pct_start:
@@ -71,8 +89,25 @@ def _base(table: SchedulerConfig, epoch: float, epochs: int) -> float:
             return float(_plugin_schedule(plugin, json.dumps(table.args), epochs, table.warmup_epochs)(epoch))
 
 
+def _share(epoch: float, start: float, end: float) -> float:
+    """Return the fraction of the epochs from ``start`` to ``end`` that has passed, between 0 and 1."""
+    return min(max((epoch - start) / max(end - start, 1e-9), 0.0), 1.0)
+
+
+def _with_restarts(table: SchedulerConfig, epoch: float) -> float:
+    """Return the factor of cosine_restarts; ``epoch`` counts from the end of the warm-up."""
+    assert table.T_0 is not None
+    cycle, length = 0, table.T_0
+    if table.T_mult == 1:
+        cycle, epoch = int(epoch // length), epoch % length
+    else:
+        while epoch >= length:
+            cycle, epoch, length = cycle + 1, epoch - length, length * table.T_mult
+    return _cosine_between(math.pow(table.cycle_decay, cycle), 0.0, epoch / length)
+
+
 @functools.lru_cache(maxsize=8)
-def _plugin_schedule(plugin: Plugin, arguments: str, epochs: int, warmup_epochs: float) -> Callable[[float], float]:
+def _plugin_schedule(plugin: Plugin, arguments: str, epochs: float, warmup_epochs: float) -> Callable[[float], float]:
     """Build the function of a plugin's schedule, once: it is called at every step. ``arguments`` are JSON."""
     schedule: Callable[[float], float] = plugin.build(json.loads(arguments), epochs=epochs, warmup_epochs=warmup_epochs)
     return schedule
@@ -111,6 +146,13 @@ def gamma_of(table: SchedulerConfig) -> float:
     if table.gamma is not None:
         return table.gamma
     return 0.95 if table.name == "exponential" else 0.1
+
+
+def decay_fraction_of(table: SchedulerConfig) -> float:
+    """Return the recipe's decay_fraction, or the default of the schedule: 0.25 for flat_cosine, 0.2 for wsd."""
+    if table.decay_fraction is not None:
+        return table.decay_fraction
+    return 0.25 if table.name == "flat_cosine" else 0.2
 
 
 def epoch_rank(record: dict[str, Any], best_metric: str) -> tuple[float, float]:
