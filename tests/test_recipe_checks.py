@@ -297,6 +297,16 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['transfer.mode="gradual"', "transfer.unfreeze_at=[30]"],
     ),
     (
+        "error: transfer.l2_sp: needs pretrained weights",
+        ["transfer.l2_sp=0.1", *PLAIN],
+        ["transfer.l2_sp=0.1"],
+    ),
+    (
+        'error: transfer.l2_sp: has no effect with mode "linear_probe"',
+        ["transfer.l2_sp=0.1", 'transfer.mode="linear_probe"'],
+        ["transfer.l2_sp=0.1", 'transfer.mode="linear_probe"', 'transfer.train=["layer4.*"]'],
+    ),
+    (
         "error: transfer.new_layer",
         ['transfer.new_layer="freeze"'],
         ['transfer.new_layer="freeze"', 'transfer.mode="backbone_only"'],

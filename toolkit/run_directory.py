@@ -152,6 +152,11 @@ class RunDirectory:
         return self.checkpoints / "first_layer.safetensors"
 
     @property
+    def starting_weights(self) -> Path:
+        """Pretrained parameters before training; only written with transfer.l2_sp."""
+        return self.checkpoints / "starting_weights.safetensors"
+
+    @property
     def figures(self) -> Path:
         """Folder of figures for print."""
         return self.path / "figures"

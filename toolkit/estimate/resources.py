@@ -303,10 +303,11 @@ def _memory_rows(memory: Memory) -> list[tuple[str, int]]:
         "gradients": "gradients",
         "optimizer": "optimizer state",
         "average": "moving average of the weights",
+        "start": "pretrained weights before training",
         "activations": "activations kept for the backward pass",
         "images": "images",
     }
-    return [(labels[key], value) for key, value in asdict(memory).items() if value or key != "average"]
+    return [(labels[key], value) for key, value in asdict(memory).items() if value or key not in ("average", "start")]
 
 
 def _steps_text(found: ResourceEstimate) -> str:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from toolkit.models.build import ModelBundle
-from toolkit.models.transfer import param_groups
+from toolkit.models.transfer import is_pretrained, param_groups
 from toolkit.recipe.schema import OptimizerConfig, Recipe
 from toolkit.training.optimizer import build_optimizer
 
@@ -48,6 +48,8 @@ class Memory:
     optimizer: int
     average: int
     """Moving average of the weights (train.ema)."""
+    start: int
+    """Pretrained parameters before training (transfer.l2_sp)."""
     activations: int
     images: int
     """Images of one micro-batch, float32."""
@@ -139,11 +141,13 @@ def measure_memory(recipe: Recipe, built: ModelBundle, step: StepCost, shape: tu
     """Compute the memory in use on a device during a training step on a micro-batch of ``shape``."""
     parameters = list(built.module.parameters())
     trainable = _nbytes(p for p in parameters if p.requires_grad)
+    pretrained = (p for name, p in built.module.named_parameters() if p.requires_grad and is_pretrained(built, name))
     return Memory(
         weights=_nbytes([*parameters, *built.module.buffers()]),
         gradients=trainable,
         optimizer=optimizer_bytes(recipe.optimizer, param_groups(built, recipe.transfer, recipe.optimizer)),
         average=trainable if recipe.train.ema else 0,
+        start=_nbytes(pretrained) if recipe.transfer.l2_sp else 0,
         activations=step.activations,
         images=4 * shape[0] * shape[1] * shape[2] * shape[3],
     )

@@ -52,6 +52,11 @@ class Transfer:
             if parameter.requires_grad or (name not in self.frozen_by_pattern and any(s.holds(name) for s in later))
         ]
 
+    @property
+    def pretrained(self) -> list[str]:
+        """Names of the parameters that are pretrained and trained in some epoch."""
+        return [name for name in self.ever_trained if is_pretrained(self.built, name)]
+
     def train_mode(self) -> None:
         """Set trainable modules to training mode and frozen ones to evaluation mode. Call before each training pass."""
         module = self.built.module
@@ -104,6 +109,11 @@ def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
     for name, parameter in built.module.named_parameters():
         parameter.requires_grad_(name in trained or (_trains_by_mode(built, table, name) and name not in frozen))
     transfer = Transfer(built, table, frozenset(frozen - trained))
+    if table.l2_sp and not transfer.pretrained:
+        raise UserError(
+            f"transfer.l2_sp needs pretrained parameters that are trained, but transfer.mode = {table.mode!r} trains "
+            "new layers only: set l2_sp = 0, or another mode"
+        )
     if not transfer.trainable:
         raise UserError(
             f"transfer.mode = {table.mode!r} with freeze = {table.freeze} leaves nothing to train; "
@@ -135,6 +145,11 @@ def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> boo
             return is_head or _is_bias(name)
         case "norm_tuning":
             return is_head or isinstance(built.module.get_submodule(name.rpartition(".")[0]), NORMALIZATION_LAYERS)
+
+
+def is_pretrained(built: ModelBundle, name: str) -> bool:
+    """Return whether a parameter of a pretrained model is not part of a new head or a new first convolution."""
+    return not is_under(name, [*built.heads, *([built.new_stem] if built.new_stem else [])])
 
 
 def _is_bias(name: str) -> bool:
@@ -220,8 +235,8 @@ def param_groups(
             for name, p in built.module.named_parameters()
             if name in names and p.requires_grad and id(p) not in known
         ]
-        plain = [p for _, p in fresh if optimizer.decay_bias_and_norm or p.ndim > 1]
-        exempt = [p for _, p in fresh if not optimizer.decay_bias_and_norm and p.ndim <= 1]
+        plain = [p for name, p in fresh if _has_decay(built, table, optimizer, name, p)]
+        exempt = [p for name, p in fresh if not _has_decay(built, table, optimizer, name, p)]
         for params, decay, suffix in ((plain, optimizer.weight_decay, ""), (exempt, 0.0, " (no decay)")):
             if params:
                 found.append(
@@ -234,6 +249,14 @@ def param_groups(
                     }
                 )
     return found
+
+
+def _has_decay(
+    built: ModelBundle, table: TransferConfig, optimizer: OptimizerConfig, name: str, parameter: nn.Parameter
+) -> bool:
+    """Return whether weight decay applies to a parameter; L2-SP takes its place for pretrained ones."""
+    is_exempt = not optimizer.decay_bias_and_norm and parameter.ndim <= 1
+    return not is_exempt and not (table.l2_sp and is_pretrained(built, name))
 
 
 def _lr_scales(built: ModelBundle, table: TransferConfig) -> list[float]:
@@ -270,14 +293,15 @@ def layer_group_table(transfer: Transfer, optimizer: OptimizerConfig) -> list[La
 
 def _row(transfer: Transfer, stage: LayerGroup, lr_scale: float, optimizer: OptimizerConfig) -> LayerGroupSummary:
     module = transfer.built.module
-    inside = [p for name, p in module.named_parameters() if stage.holds(name)]
-    trainable = sum(p.numel() for p in inside if p.requires_grad)
+    inside = {name: p for name, p in module.named_parameters() if stage.holds(name)}
+    trainable = sum(p.numel() for p in inside.values() if p.requires_grad)
+    has_decay = trainable and not (transfer.table.l2_sp and all(is_pretrained(transfer.built, name) for name in inside))
     return LayerGroupSummary(
         name=stage.name,
-        parameters=sum(p.numel() for p in inside),
+        parameters=sum(p.numel() for p in inside.values()),
         trainable=trainable,
         lr=optimizer.lr * lr_scale if trainable else 0.0,
-        weight_decay=optimizer.weight_decay if trainable else 0.0,
+        weight_decay=optimizer.weight_decay if has_decay else 0.0,
         batch_norm=_batch_norm(module, stage, transfer.table),
     )
 

@@ -51,6 +51,12 @@ def transfer(recipe: Recipe) -> Iterator[Issue]:
     if table.layer_decay_by == "block" and table.layer_decay == 1:
         text = '"block" has no effect, because transfer.layer_decay is 1'
         yield warning("transfer.layer_decay_by", text, "transfer.layer_decay", hint="for example layer_decay = 0.75")
+    if table.l2_sp and weights == "none":
+        text = 'needs pretrained weights, but model.weights is "none"'
+        yield error("transfer.l2_sp", text, "model.weights", hint="set optimizer.weight_decay")
+    elif table.l2_sp and mode in ("linear_probe", "logistic") and not table.train:
+        text = f'has no effect with mode "{mode}", which trains no pretrained parameters'
+        yield error("transfer.l2_sp", text, "transfer.mode", at="key")
     if table.new_layer == "freeze" and mode != "backbone_only":
         text = f'only mode "backbone_only" uses it, not "{mode}"'
         yield error("transfer.new_layer", text, "transfer.mode", at="key")

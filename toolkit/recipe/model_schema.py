@@ -236,6 +236,14 @@ class TransferConfig(ConfigModel):
         "transformer block, as timm groups them for BEiT, MAE and ConvNeXt (Bao et al. 2022, arXiv:2106.08254); the "
         "head has no decay.",
     )
+    l2_sp: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="L2-SP (Li et al. 2018, arXiv:1802.01483): alpha of the loss term alpha / 2 * ||w - w0||^2, where "
+        "w are the pretrained parameters that are trained, and w0 their values before training. Their weight decay is "
+        "then 0; optimizer.weight_decay applies to new layers only. 0 disables.",
+    )
     frozen_batch_norm: Literal["fixed", "update"] = Field(
         "fixed",
         description="Running statistics of frozen batch norm layers. fixed: as loaded. update: updated from the "

@@ -186,7 +186,8 @@ def _network(recipe: Recipe) -> Hashable:
     described = tuple((g["name"], len(g["params"]), g["lr"], g["lr_scale"], g["weight_decay"]) for g in groups)
     later = tuple((g["name"], g["lr"], g["weight_decay"]) for g in unfrozen)
     settings = sorted({(group["lr"], group["weight_decay"]) for group in groups})
-    return model, tuple(trained), in_eval_mode, described, later, _steps(recipe.optimizer, settings)
+    penalty = recipe.transfer.l2_sp
+    return model, tuple(trained), in_eval_mode, described, later, _steps(recipe.optimizer, settings), penalty
 
 
 def _classes(recipe: Recipe) -> int:

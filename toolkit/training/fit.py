@@ -39,6 +39,7 @@ from toolkit.training.data_changes import write_file_facts
 from toolkit.training.env_info import describe_environment
 from toolkit.training.finalize import finish, write_summary
 from toolkit.training.given_plugins import Object, recipe_with
+from toolkit.training.l2_sp import write_starting_weights
 from toolkit.training.resume import Resumption, accept_changes, find_resumption
 from toolkit.training.trained_model import model_card
 from toolkit.training.trainer import EpochCallback, Trainer
@@ -353,6 +354,8 @@ def _write_initial_files(setup: TrainingContext, run: Run, resumption: Resumptio
     run.write_json("checkpoints/model.json", card)
     if resumption is None:
         _keep_first_layer(setup, run)
+        if setup.recipe.transfer.l2_sp:
+            write_starting_weights(setup, run)
 
 
 def _keep_first_layer(setup: TrainingContext, run: Run) -> None:

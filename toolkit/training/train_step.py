@@ -26,6 +26,7 @@ from toolkit.models.keyed_dropout import DropoutKeys, example_keys
 from toolkit.recipe.schema import AugmentConfig
 from toolkit.training.ema import ModelEma
 from toolkit.training.evaluation import to_device
+from toolkit.training.l2_sp import L2SP
 from toolkit.training.losses import Loss
 from toolkit.training.task import Task
 
@@ -177,6 +178,7 @@ class TrainStep:
     ema: ModelEma | None
     settings: TrainStepConfig
     finite: NonFiniteDetector = field(default_factory=NonFiniteDetector)
+    l2_sp: L2SP | None = None
 
     def train_epoch(
         self, loader: Any, epoch: int, first_step: int, sums: RunningMetrics, hooks: TrainCallbacks
@@ -245,6 +247,9 @@ class TrainStep:
 
     def _update(self, number: int) -> None:
         """Take optimizer step ``number`` of the run, counted from 1."""
+        if self.l2_sp is not None:  # the gradients are still multiplied by the scale of fp16
+            scaler = self.accelerator.scaler
+            self.l2_sp.add_gradients(1.0 if scaler is None else scaler.get_scale())
         if self.settings.max_grad_norm is not None:
             parameters = [p for p in self.network.parameters() if p.requires_grad]
             self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)

@@ -32,6 +32,7 @@ from toolkit.training.checkpoint import CheckpointStep, first_not_finite
 from toolkit.training.console import ProgressBar, epoch_line
 from toolkit.training.context import TrainingContext
 from toolkit.training.evaluation import evaluate
+from toolkit.training.l2_sp import build_l2_sp
 from toolkit.training.loaders import CachePolicy, DataLoaders, build_loaders
 from toolkit.training.logistic_head import train_logistic_head
 from toolkit.training.lr_schedule import MetricMonitor, ReduceLROnPlateau, epoch_rank, learning_rate
@@ -92,6 +93,7 @@ class Trainer:
             restore_model(self, checkpoint)
         self.loaders: DataLoaders = build_loaders(setup, self.consensus.stop_aware, cache_policy)
         self.train_step = build_train_step(setup, self.loaders, self.progress.epochs_begun)
+        self.train_step.l2_sp = build_l2_sp(setup, None if checkpoint is None else run)
         if self.recipe.train.grad_accum_steps == "auto":
             settle_accum_steps(self, checkpoint)
         if checkpoint is not None:
