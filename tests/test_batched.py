@@ -285,6 +285,40 @@ def test_the_result_depends_on_seed_epoch_and_draw_only() -> None:
     assert not torch.equal(augmentation(*EVERYTHING, size=32, seed=1)(pixels, 0, draws), made)
 
 
+def test_the_alternating_flip_shows_both_versions_of_each_image_in_two_epochs() -> None:
+    images, draws = batch(photographs(1, 32, 32) * 100), np.arange(100)
+    plain = augmentation(size=32)(images, 0, draws)
+    alternating = augmentation(size=32, alternating_flip=True)
+    epochs = [alternating(images, epoch, draws) for epoch in range(4)]
+    flipped = [(made != plain).flatten(1).any(1) for made in epochs]
+    assert torch.equal(epochs[0], torch.where(flipped[0][:, None, None, None], plain.flip(3), plain))
+    assert torch.equal(epochs[1], epochs[0].flip(3))
+    assert torch.equal(epochs[2], epochs[0])
+    assert torch.equal(epochs[3], epochs[1])
+    assert 35 <= int(flipped[0].sum()) <= 65, "binomial(100, 1/2): standard deviation 5"
+    assert torch.equal(alternating(images[90:], 1, draws[90:]), epochs[1][90:])
+    other_seed = augmentation(size=32, alternating_flip=True, seed=1)
+    assert not torch.equal(other_seed(images, 0, draws), epochs[0])
+
+
+def test_the_alternating_flip_has_its_own_random_numbers_beside_other_transforms() -> None:
+    """A gradient from left to right shows the flip whatever the crop: pixels increase or decrease."""
+    ramp = Image.fromarray(np.repeat(np.arange(40, dtype=np.uint8)[None, :, None] * 6, 40, 0).repeat(3, 2))
+    images, draws = batch([ramp] * 50), np.arange(50) * 3
+    augment = augmentation({**BLUR, "apply_p": 0.5}, crop(size=32), alternating_flip=True, size=32)
+    first, second, third = (augment(images, epoch, draws) for epoch in range(3))
+    increasing = [(made[:, 0, 0, -1] > made[:, 0, 0, 0]) for made in (first, second, third)]
+    assert torch.equal(increasing[0], ~increasing[1])
+    assert torch.equal(increasing[0], increasing[2])
+    assert not torch.equal(first, third), "the crops differ"
+
+
+def test_the_alternating_flip_is_refused_where_images_are_augmented_one_by_one() -> None:
+    table = AugmentConfig.model_validate({"alternating_flip": True, "auto_augment": "rand-m9"})
+    with pytest.raises(UserError, match=r"alternating_flip is applied to whole batches.*auto_augment = 'rand-m9'"):
+        plan_preprocessing("train", table, SMALL, 0, None)
+
+
 def test_both_ways_to_copy_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     augment, pixels = augmentation(crop(padding=9, fill=[1, 2, 3]), FLIP, UPSIDE), batch(photographs(5, 224, 224))
     by_slices = augment(pixels, 0, np.arange(5))

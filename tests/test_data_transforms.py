@@ -369,7 +369,8 @@ def test_transforms_are_deterministic_only_if_known_to_be() -> None:
     assert not is_deterministic("train", augment(FLIP))
     assert not is_deterministic("train", augment({"name": "Grayscale", "apply_p": 0.5}))
     assert not is_deterministic("train", augment({"name": "SomethingNew"}))
-    for key, value in (("mixup", 0.2), ("cutmix", 1.0), ("random_erasing", 0.1), ("auto_augment", "rand-m9")):
+    for key, value in (("mixup", 0.2), ("cutmix", 1.0), ("random_erasing", 0.1), ("auto_augment", "rand-m9"),
+                       ("alternating_flip", True)):  # fmt: skip
         table = AugmentConfig.model_validate({key: value})
         assert not is_deterministic("train", table)
         assert is_deterministic("validation", table)

@@ -169,8 +169,11 @@ def test_processes_and_accumulation_do_not_change_the_experiment(
             assert_same_experiment(alone, run_with(tmp_path, 1, batch_norm, "train.grad_accum_steps=3"))
 
 
-def test_repeated_augmentation_is_the_same_on_two_processes(tmp_path: Path) -> None:
-    settings = ("augment.repeats=3", "train.epochs=2")
+@pytest.mark.parametrize(
+    "setting", ["augment.repeats=3", pytest.param("augment.alternating_flip=true", marks=pytest.mark.extended)]
+)
+def test_repeated_and_alternating_augmentation_are_the_same_on_two_processes(tmp_path: Path, setting: str) -> None:
+    settings = (setting, "train.epochs=2")
     alone, two = (run_with(tmp_path, world, True, *settings) for world in (1, 2))
     assert_same_experiment(alone, two)
     without = run_with(tmp_path, 1, True, "train.epochs=2")

@@ -84,6 +84,10 @@ WITH_EFFECT = {
     "warm-up": ("scheduler.warmup_epochs = [1.0, 2.0]", ()),
     "patience": ("early_stopping.patience = [2, 4]", ()),
     "share of CutMix": ("augment.mixup_switch_prob = [0.1, 0.5]", ("augment.mixup=0.2", "augment.cutmix=0.2")),
+    "alternating flip": (
+        "augment.alternating_flip = [true, false]",
+        ('augment.train=[{ name = "RandomCrop", padding = 1 }]',),
+    ),
     "repeats": ("augment.repeats = [1, 2]", ('augment.train=[{ name = "RandomRotation", degrees = 9 }]',)),
     "smoothing": ("augment.label_smoothing = [0.0, 0.1]", ()),
     "transform": ('augment.train = [[], [{ name = "RandomRotation", degrees = 9 }]]', ()),

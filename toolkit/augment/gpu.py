@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit.augment.gpu_crop_flip import BatchOp, Floats, SampledParams
+from toolkit.augment.gpu_crop_flip import AlternatingFlip, BatchOp, CropFlipOp, Floats, SampledParams
 from toolkit.augment.gpu_pipeline import batch_ops
 from toolkit.augment.steps import Step
 from toolkit.data.preprocessing import Preprocessing
@@ -27,6 +27,9 @@ from toolkit.recipe.image_size import as_value, size_text
 
 _AUGMENT_STREAM = 0x6175676D656E74
 """Key constant that makes these random numbers independent of all others with the same seed ("augment" in ASCII)."""
+
+_ALTERNATING_STREAM = 0x616C7465726E617465
+"""The same constant for the epochs in which images are flipped ("alternate" in ASCII)."""
 
 CHUNK = 2**18
 """Number of values (4 bytes each) that a CPU processes at a time, so that they stay in its caches."""
@@ -39,6 +42,7 @@ class GpuAugmentation:
         """``steps``: the last of them is the normalization, optionally followed by random erasing."""
         self.passes, self.erase = batch_ops(steps)
         self.all = [*self.passes, *([self.erase] if self.erase else [])]
+        self.alternating = _alternating_column(self.passes)
         self.seed = seed
         self.size, self.channels = preprocessing.image_size, preprocessing.channels
         self.mean, self.std = (torch.tensor(values) for values in (preprocessing.mean, preprocessing.std))
@@ -69,6 +73,8 @@ class GpuAugmentation:
         """Sample the parameters of each operation of the pipeline for each image of a batch."""
         counts = [one.random_count for one in self.all]
         u = keyed_uniforms(np.asarray(draws), sum(counts), _AUGMENT_STREAM, self.seed, epoch)
+        if self.alternating is not None:
+            u[:, self.alternating] = alternating_uniforms(np.asarray(draws), self.seed, epoch)
         plans: list[SampledParams] = []
         for one, end in zip(self.all, np.cumsum(counts).tolist(), strict=True):
             plans.append(one.plan(u[:, end - one.random_count : end], size))
@@ -110,6 +116,27 @@ def keyed_uniforms(draws: IntArray, n: int, *key: int) -> Floats:
     offsets = np.arange(n, dtype=np.uint64) + step
     numbers: Floats = (finalize64(state[:, None] + offsets) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return numbers
+
+
+def alternating_uniforms(draws: IntArray, seed: int, epoch: int) -> Floats:
+    """Return numbers in [0, 1), float64 [m], that are below 0.5 in every second epoch; which one depends on the draw.
+
+    An image has the same draw in each epoch if it occurs once per epoch.
+    """
+    first = keyed_uniforms(draws, 1, _ALTERNATING_STREAM, seed)[:, 0]
+    numbers: Floats = (first + 0.5 * (epoch % 2)) % 1.0
+    return numbers
+
+
+def _alternating_column(operations: Sequence[BatchOp]) -> int | None:
+    """Return which of the random numbers of all operations decides about the alternating flip; None without one."""
+    column = 0
+    for one in operations:
+        for step in one.steps if isinstance(one, CropFlipOp) else (one,):
+            if isinstance(step, AlternatingFlip):
+                return column
+            column += step.random_count
+    return None
 
 
 def _on_device(tables: Sequence[Floats], device: torch.device) -> list[Tensor]:

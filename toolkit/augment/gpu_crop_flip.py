@@ -91,6 +91,17 @@ class RandomFlip:
 
 
 @dataclass(frozen=True)
+class AlternatingFlip:
+    """Horizontal flip in every second epoch (``augment.alternating_flip``)."""
+
+    random_count: int = 1
+
+    def maps(self, u: Floats, size: Size) -> tuple[Indices, Indices]:
+        """See :meth:`RandomFlip.maps`; ``u`` is that of :func:`alternating_uniforms`."""
+        return RandomFlip(vertical=False, p=0.5).maps(u, size)
+
+
+@dataclass(frozen=True)
 class RandomCrop:
     """torchvision's RandomCrop: a random window of ``size`` in the padded image."""
 
@@ -186,7 +197,7 @@ def padded(n: int, padding: tuple[int, int], mode: str) -> Indices:
     return indices
 
 
-IndexMap = RandomFlip | RandomCrop | CenterCrop | Pad
+IndexMap = RandomFlip | AlternatingFlip | RandomCrop | CenterCrop | Pad
 """The transforms that only rearrange whole rows and columns of pixels."""
 
 

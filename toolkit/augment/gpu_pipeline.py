@@ -10,7 +10,15 @@ from torchvision.transforms import InterpolationMode
 
 from toolkit.augment.gpu_affine import AffineOp, RandomAffine, RandomPerspective
 from toolkit.augment.gpu_color import ColorJitter, GaussianBlur, Grayscale, RandomErasing
-from toolkit.augment.gpu_crop_flip import BatchOp, CenterCrop, CropFlipOp, Pad, RandomCrop, RandomFlip
+from toolkit.augment.gpu_crop_flip import (
+    AlternatingFlip,
+    BatchOp,
+    CenterCrop,
+    CropFlipOp,
+    Pad,
+    RandomCrop,
+    RandomFlip,
+)
 from toolkit.augment.steps import Step
 
 Pair = tuple[float, float]
@@ -66,6 +74,8 @@ def _batch_op(step: Step, *, is_float: bool) -> BatchOp:
     match step.name:
         case "RandomHorizontalFlip" | "RandomVerticalFlip":
             return CropFlipOp((RandomFlip(step.name == "RandomVerticalFlip", p),), None)
+        case "AlternatingFlip":
+            return CropFlipOp((AlternatingFlip(),), None)
         case "RandomCrop":
             padding, mode = _sides(given["padding"] or 0), given["padding_mode"]
             is_filled = mode == "constant" and (any(padding) or given["pad_if_needed"])

@@ -30,13 +30,20 @@ FASTER: dict[str, type[v2.Transform]] = {"Resize": Resize, "RandomResizedCrop": 
 ENUMERATIONS = {"interpolation": InterpolationMode, "policy": v2.AutoAugmentPolicy}
 
 
+class AlternatingFlip(v2.RandomHorizontalFlip):  # type: ignore[misc]
+    """Stands for the alternating flip in transforms of single images, which do not know the epoch: flips at random.
+
+    Training applies it to batches (:class:`toolkit.augment.gpu_crop_flip.AlternatingFlip`).
+    """
+
+
 @dataclass(frozen=True, repr=False)
 class Step:
     """One step from an image to the model's input. Calling it applies it to one image."""
 
     name: str
-    """Name of a class in torchvision.transforms.v2, ResizeKeepRatio, timm's CenterCropOrPad or auto_augment, or
-    "plugin:" and the name of a plugin."""
+    """Name of a class in torchvision.transforms.v2, ResizeKeepRatio, AlternatingFlip, timm's CenterCropOrPad or
+    auto_augment, or "plugin:" and the name of a plugin."""
     arguments: dict[str, Any]
     """Arguments of that class with torchvision's types, including the defaults."""
     p: float

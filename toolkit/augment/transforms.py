@@ -1,8 +1,9 @@
 """Transforms from a decoded image to the model's input: the preprocessing combined with the augmentations.
 
-Order: before_resize, resize, before_crop, crop, after_crop, timm's policy, float tensor in 0..1, tensor, normalization,
-random erasing. The policy and random erasing apply to training images only. torchvision.transforms.v2 draws from
-torch's default generator; timm's policies draw from Python's and NumPy's generators, and plugins from any of them.
+Order: before_resize, resize, before_crop, crop, alternating flip, after_crop, timm's policy, float tensor in 0..1,
+tensor, normalization, random erasing. Alternating flip, policy and random erasing apply to training images only.
+torchvision.transforms.v2 draws from torch's default generator; timm's policies draw from Python's and NumPy's
+generators, and plugins from any of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 
 from toolkit.augment.resize import ResizeKeepRatio, as_tensor, has_bytes_form, is_same_on_bytes, on_bytes
-from toolkit.augment.steps import Step, policy_step, recipe_step, torchvision_step
+from toolkit.augment.steps import AlternatingFlip, Step, policy_step, recipe_step, torchvision_step
 from toolkit.data.image_sources import MODES, ImageSource, Pixels, as_image, as_pixels
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
@@ -144,6 +145,7 @@ def build_transform(split: str, augment: AugmentConfig, preprocessing: Preproces
     up_to_crop = [*by_stage.get("before_resize", []), *_resize_and_crop(split, by_stage, preprocessing)]
     steps = [
         *up_to_crop,
+        *([Step("AlternatingFlip", {}, 1.0, AlternatingFlip())] if is_train and augment.alternating_flip else []),
         *by_stage.get("after_crop", []),
         *([policy_step(augment.auto_augment, preprocessing)] if is_train and augment.auto_augment else []),
         torchvision_step("ToImage"),

@@ -65,6 +65,8 @@ def feature_name(
 def _augmentations(split: str, augment: AugmentConfig) -> dict[str, Any]:
     """Return the augmentation settings that apply to a split."""
     table = augment.model_dump(mode="json", include={split, "auto_augment", "random_erasing"})
+    if augment.alternating_flip:  # not in the keys of earlier versions
+        table["alternating_flip"] = True
     return table if split == "train" else {split: table[split]}
 
 

@@ -49,7 +49,7 @@ def plan_preprocessing(
     """Choose how the images of one split are preprocessed.
 
     ``native_size`` is the height and width of all images of the data set, None if they differ. Raises UserError if
-    ``augment.run_on = "device"`` is not possible.
+    ``augment.run_on = "device"`` or ``augment.alternating_flip`` is not possible.
     """
     transform = build_transform(split, augment, preprocessing)
 
@@ -71,6 +71,8 @@ def plan_preprocessing(
     if unsupported_on_gpu(split, augment, after_crop=True) is None and _is_cropped(split, augment, preprocessing):
         cropped = transform.cropped
         return PreprocessingPlan(transform, cropped, batched_after(cropped), False, obstacle)
+    if split == "train" and augment.alternating_flip:
+        raise UserError(f"augment.alternating_flip is applied to whole batches, which is not possible: {obstacle}")
     return PreprocessingPlan(transform, 0, None, False, obstacle)
 
 

@@ -10,9 +10,9 @@ from math import floor
 from toolkit.data.dataset_info import info_of
 from toolkit.errors import UserError
 from toolkit.plugins import PREFIX
-from toolkit.recipe import catalog_checks, input_checks, task_checks
+from toolkit.recipe import augment_checks, catalog_checks, input_checks, task_checks
 from toolkit.recipe.diagnostics import Issue, error, warning
-from toolkit.recipe.gpu_support import is_random, unsupported_on_gpu
+from toolkit.recipe.gpu_support import is_random
 from toolkit.recipe.image_size import convnet_output_size, input_size
 from toolkit.recipe.schema import DataConfig, Recipe, SchedulerConfig, TransferConfig
 from toolkit.recipe.toml_positions import KeyPath
@@ -288,28 +288,6 @@ def disabled_splits(recipe: Recipe) -> Iterator[Issue]:
                 yield warning(("expected_metrics", metric), text, f"data.split.{split}", at="key")
 
 
-def augment(recipe: Recipe) -> Iterator[Issue]:
-    """Check ``repeats``, and whether ``run_on`` is possible for the transforms; warn about keys without effect."""
-    table = recipe.augment
-    mixing = ("augment.mixup", "augment.cutmix")
-    if table.mixup_prob != 1 and not (table.mixup or table.cutmix):
-        yield warning("augment.mixup_prob", "has no effect without mixup or cutmix", *mixing, at="key")
-    if table.mixup_switch_prob != 0.5 and not (table.mixup and table.cutmix):
-        text = "has no effect unless both mixup and cutmix are on"
-        yield warning("augment.mixup_switch_prob", text, *mixing, at="key")
-    if table.repeats > 1 and recipe.data.fixed_views is not None:
-        text = f"all {table.repeats} versions of an image in a batch would be the same fixed view"
-        yield error("augment.repeats", text, "data.fixed_views", hint="remove one of the two")
-    elif table.repeats > 1 and not is_random("train", table):
-        text = f"repeats the same image {table.repeats} times, since training images are not augmented randomly"
-        yield warning("augment.repeats", text, "augment.train", at="key")
-    for split in ("train", "validation", "test") if table.run_on == "device" else ():
-        obstacle = unsupported_on_gpu(split, table)
-        if obstacle is not None:
-            hint = 'set "auto" or "workers", or remove it'
-            yield error("augment.run_on", f'"device" does not support {obstacle}', f"augment.{split}", hint=hint)
-
-
 def train(recipe: Recipe) -> Iterator[Issue]:
     """Check that grad_accum_steps divides the batch size; warn if both sampling and loss are weighted by class."""
     batch, parts = recipe.train.batch_size, recipe.train.min_accum_steps
@@ -374,7 +352,7 @@ RULES = (
     early_stopping,
     monitored_metrics,
     disabled_splits,
-    augment,
+    augment_checks.augment,
     train,
     data,
     labels,

@@ -382,6 +382,12 @@ class AugmentConfig(ConfigModel):
     random_erasing: Fraction = Field(
         0.0, description="Probability of erasing a rectangle of a training image (after normalization)."
     )
+    alternating_flip: bool = Field(
+        False,
+        description="Flip each training image horizontally in every second epoch; whether it starts with the first or "
+        "the second is random. In two epochs the model sees both versions of each image (Jordan 2024, "
+        "arXiv:2404.00498). Applied after the crop, before the other transforms.",
+    )
     repeats: int = Field(
         1,
         ge=1,

@@ -23,7 +23,7 @@ FIXED = frozenset({"CenterCrop", "Grayscale", "Identity", "Pad", "RGB", "Resize"
 
 def is_random(split: str, augment: AugmentConfig) -> bool:
     """Return whether the transform of this split may be random, apart from mixup and CutMix."""
-    if split == "train" and (augment.auto_augment or augment.random_erasing):
+    if split == "train" and (augment.auto_augment or augment.random_erasing or augment.alternating_flip):
         return True
     entries: Sequence[TransformConfig] = getattr(augment, split)
     return any(entry.name not in FIXED or entry.apply_p < 1 for entry in entries)
