@@ -15,9 +15,11 @@ from finished import CONVNET, train, train_on_files
 from timm.loss import BinaryCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trainers import FROZEN, write_recipe
 
 from toolkit.data.sampling import SamplingPlan
+from toolkit.errors import UserError
 from toolkit.models.keyed_dropout import DropoutKeys
 from toolkit.recipe.schema import AugmentConfig, TrainConfig
 from toolkit.recipe.training_schema import LossConfig
@@ -190,13 +192,59 @@ def test_averaged_weights_equal_those_of_timm_s_ema_with_warmup(decay: float) ->
     assert decay_at(decay, 10**9) == decay
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_averaged_weights_without_warmup_equal_those_of_torch_s_ema(every: int) -> None:
+    """torch's AveragedModel copies the weights at its first update, as torchvision's training script uses it."""
+    torch.manual_seed(0)
+    module = nn.Linear(5, 3)
+    model_ema = ModelEma(module, 0.8, every=every, warmup=False)
+    torch_ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+    for step in range(1, 20):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model_ema.update(module, step)
+        if (step - 1) % every == 0:
+            torch_ema.update_parameters(module)
+    assert int(torch_ema.n_averaged) == 1 + 18 // every
+    for name, value in torch_ema.module.state_dict().items():
+        torch.testing.assert_close(model_ema.averages[name], value)
+
+
+def test_ema_steps_and_ema_warmup_reach_the_average_of_a_run(tmp_path: Path) -> None:
+    """500 images in batches of 80: 7 steps per epoch, and updates after steps 1 and 9 of 14."""
+    settings = (f'recipe.run_root="{tmp_path}"', *SMALL, "data.images_per_class=50", "train.batch_size=80")
+    settings = (*settings, "train.epochs=2", "checkpoint.every_steps=1", "checkpoint.keep=99")
+    run = train(RECIPES / "quickstart.toml", *settings, "train.ema=0.2", "train.ema_steps=8", "train.ema_warmup=false")
+    content = load_checkpoint(find_latest(run.checkpoints, lambda line: None))
+    first, ninth = (
+        load_checkpoint(next(run.checkpoints.glob(f"{epoch:04d}-{step:06d}-*.pt")))["model"]
+        for epoch, step in ((0, 1), (1, 2))
+    )
+    assert run.epoch_records()[-1]["step"] == 14
+    for name, value in content["ema"].items():
+        torch.testing.assert_close(value, 0.2 * first[name] + 0.8 * ninth[name])
+
+
+def averaged(**keys: Any) -> TrainConfig:
+    return TrainConfig(epochs=1, batch_size=40, **keys)
+
+
 def test_an_average_over_more_steps_than_the_run_has_gives_a_warning() -> None:
-    assert short_run_warning(0.9, 31) is None
-    assert short_run_warning(0.9, 25) is not None
-    assert short_run_warning(0.999, 105) == (
+    assert short_run_warning(averaged(), 1) is None
+    assert short_run_warning(averaged(ema=0.9), 31) is None
+    assert short_run_warning(averaged(ema=0.9), 25) is not None
+    assert short_run_warning(averaged(ema=0.999), 105) == (
         "warning: train.ema = 0.999 is an average over about 1,000 steps, but the run has only 105: the decay "
         "reaches 0.955, an average over about the last 22"
     )
+    assert short_run_warning(averaged(ema=0.9, ema_steps=32), 32 * 30 + 1) is None
+    assert short_run_warning(averaged(ema=0.99, ema_steps=32, ema_warmup=False), 32 * 101) == (
+        "warning: train.ema = 0.99 is an average over about 100 updates, 32 steps apart, but the run has only 101: "
+        "the weights at the first one keep a share of 37%"
+    )
+    with pytest.raises(UserError, match=r"train\.ema_steps = 32 is not less than the 32 steps of the run"):
+        short_run_warning(averaged(ema=0.99, ema_steps=32), 32)
 
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

@@ -112,6 +112,7 @@ WITH_EFFECT = {
     "batch": ("train.batch_size = [8, 16]", ()),
     "epochs": ("train.epochs = [2, 3]", ()),
     "average": ("train.ema = [0.9, 0.99]", ()),
+    "updates of the average": ("train.ema_steps = [1, 4]", ("train.ema=0.9",)),
     "selection": ('train.best_metric = ["val/loss", "val/accuracy"]', ()),
 }  # fmt: skip
 

@@ -107,7 +107,8 @@ mode = "gradual"
 unfreeze_at = [2, 4]
 """
 
-EMA = ("--set", "train.ema=0.9", "--set", "train.max_grad_norm=1.0", "--set", 'train.best_metric="val/loss"')
+EMA = ("--set", "train.ema=0.9", "--set", "train.ema_steps=2", "--set", "train.max_grad_norm=1.0",
+       "--set", 'train.best_metric="val/loss"')  # fmt: skip
 """Settings for STATEFUL."""
 
 Prepare = Callable[[int], None]

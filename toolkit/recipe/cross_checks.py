@@ -301,6 +301,9 @@ def train(recipe: Recipe) -> Iterator[Issue]:
         if recipe.train.loss != loss and getattr(args, key) != getattr(defaults, key):
             text = f"has no effect with train.loss = {toml_value(recipe.train.loss)}, only with {toml_value(loss)}"
             yield warning(f"train.loss_args.{key}", text, "train.loss", at="key")
+    for key, default in (("ema_steps", 1), ("ema_warmup", True)):
+        if recipe.train.ema is None and getattr(recipe.train, key) != default:
+            yield warning(f"train.{key}", "has no effect without train.ema", "train.ema", at="key")
     if recipe.train.sampling == "balanced" and recipe.train.class_weights == "balanced":
         text = 'train.sampling = "balanced" already compensates for rare classes: this weights them twice'
         yield warning("train.class_weights", text, "train.sampling")

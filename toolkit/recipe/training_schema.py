@@ -267,9 +267,21 @@ class TrainConfig(ConfigModel):
         None,
         gt=0,
         lt=1,
-        description="Decay per step of an exponential moving average of the weights, which is then evaluated and "
-        "saved in their place. It is warmed up from 0 (at step n it is at most 1 - n ** (-2/3), as in timm's "
-        "ModelEmaV3).",
+        description="Decay per update of an exponential moving average of the weights, which is then evaluated and "
+        "saved in their place.",
+    )
+    ema_steps: int = Field(
+        1,
+        ge=1,
+        le=1_000_000_000,
+        description="ema: optimizer steps from one update to the next; the first update is after step 1 of the run. "
+        "torchvision's --model-ema-steps, but without its adjustment of the decay (docs/transfer.md has the formula).",
+        json_schema_extra=STEPS,
+    )
+    ema_warmup: bool = Field(
+        True,
+        description="ema: warm the decay up from 0, so that at update n it is at most 1 - n ** (-2/3), as in timm's "
+        "ModelEmaV3 with use_warmup. false: the decay is constant from the second update on.",
     )
     loss: Literal["cross_entropy", "bce", "focal", "asymmetric"] | PluginName = Field(
         "cross_entropy",

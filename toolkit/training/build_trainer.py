@@ -59,7 +59,8 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
         example_weights=_tensor(setup, example_weights(setup)),
         has_unkeyed_randomness=bool(setup.built.unkeyed),
     )
-    ema = None if recipe.train.ema is None else ModelEma(network, recipe.train.ema)
+    train = recipe.train
+    ema = None if train.ema is None else ModelEma(network, train.ema, every=train.ema_steps, warmup=train.ema_warmup)
     wrapped = accelerator.prepare_model(network)
     return TrainStep(accelerator, network, wrapped, optimizer, setup.stochastic, ema, settings)
 

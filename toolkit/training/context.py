@@ -178,7 +178,7 @@ def build_context(
         drawn,
         train.min_accum_steps,
     )
-    if train.ema is not None and (warning := short_run_warning(train.ema, setup.steps * train.epochs)):
+    if warning := short_run_warning(train, setup.steps * train.epochs):
         display.log(warning)
     return setup
 

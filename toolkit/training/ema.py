@@ -1,7 +1,7 @@
 """Exponential moving average (EMA) of the weights (Polyak & Juditsky 1992), swapped into the model for evaluation.
 
-The decay is warmed up with the number of updates, so that the random initial weights soon stop contributing, as in
-timm's ModelEmaV3 with ``use_warmup``.
+By default the decay is warmed up with the number of updates, so that the random initial weights soon stop contributing,
+as in timm's ModelEmaV3 with ``use_warmup``.
 """
 
 from __future__ import annotations
@@ -12,35 +12,56 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from toolkit.errors import UserError
+from toolkit.recipe.schema import TrainConfig
+
 RAMP_POWER = 2 / 3
 """Equal to timm's ``warmup_power``: after n updates the average covers about the last n ** (2 / 3) updates."""
 
 
-def decay_at(decay: float, update: int) -> float:
-    """Return the decay at an update, counted from 1: 0 at first (the average equals the weights), up to ``decay``."""
+def decay_at(decay: float, update: int, *, warmup: bool = True) -> float:
+    """Return the decay at an update, counted from 1: 0 at first (the average equals the weights), up to ``decay``.
+
+    Without ``warmup``, it is ``decay`` from the second update on, as in timm's ModelEmaV3 and torch's AveragedModel.
+    """
+    if not warmup and update > 1:
+        return decay
     return float(min(decay, 1 - update**-RAMP_POWER))
 
 
-def short_run_warning(decay: float, updates: int) -> str | None:
-    """Return a warning if a run has too few updates for the decay, else None.
+def short_run_warning(train: TrainConfig, steps: int) -> str | None:
+    """Return a warning if a run of ``steps`` optimizer steps has too few updates for the decay of train.ema, else None.
 
-    The limit is (1 - decay) x updates = 3, at which an EMA without warm-up would still contain 5 % of the initial
-    weights (``decay ** updates``).
+    The limit is (1 - decay) x updates = 3, at which an EMA without warm-up would still contain 5 % of the first
+    weights (``decay ** updates``). Raises UserError if the weights after the first step are the only ones averaged.
     """
+    if train.ema is None:
+        return None
+    decay, every = train.ema, train.ema_steps
+    updates = 1 + (steps - 1) // every
+    if updates == 1 and steps > 1:
+        raise UserError(
+            f"train.ema_steps = {every:,} is not less than the {steps:,} steps of the run: only the weights after the "
+            f"first step would be averaged. Set {steps - 1:,} or less"
+        )
     if (1 - decay) * updates >= 3:
         return None
+    unit = "steps" if every == 1 else f"updates, {every:,} steps apart"
+    window = f"an average over about {1 / (1 - decay):,.0f} {unit}, but the run has only {updates:,}"
+    if not train.ema_warmup:
+        share = decay ** (updates - 1)
+        return f"warning: train.ema = {decay:g} is {window}: the weights at the first one keep a share of {share:.0%}"
     last = decay_at(decay, updates)
-    return (
-        f"warning: train.ema = {decay:g} is an average over about {1 / (1 - decay):,.0f} steps, but the run has "
-        f"only {updates:,}: the decay reaches {last:.3g}, an average over about the last {1 / (1 - last):,.0f}"
-    )
+    reached = f"the decay reaches {last:.3g}, an average over about the last {1 / (1 - last):,.0f}"
+    return f"warning: train.ema = {decay:g} is {window}: {reached}"
 
 
 class ModelEma:
     """EMA of every trainable parameter. Buffers are not averaged: batch norm statistics already are averages."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, module: nn.Module, decay: float, *, every: int = 1, warmup: bool = True) -> None:
+        """``every``: number of optimizer steps between two updates. ``warmup``: see :func:`decay_at`."""
+        self.decay, self.every, self.warmup = decay, every, warmup
         self.averages: dict[str, Tensor] = {}
         self.follow(module)
 
@@ -51,14 +72,17 @@ class ModelEma:
                 self.averages[name] = parameter.detach().clone()
 
     @torch.no_grad()
-    def update(self, module: nn.Module, update: int) -> None:
-        """Update after step ``update`` (from 1): average = decay x average + (1 - decay) x weight.
+    def update(self, module: nn.Module, step: int) -> None:
+        """Update after step 1 and every ``every`` steps: average = decay x average + (1 - decay) x weight.
 
         The decay is that of :func:`decay_at`.
         """
+        if (step - 1) % self.every:
+            return
         current = dict(module.named_parameters())
         weights: list[Tensor] = [current[name] for name in self.averages]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay_at(self.decay, update))
+        decay = decay_at(self.decay, 1 + (step - 1) // self.every, warmup=self.warmup)
+        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
 
     @contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
