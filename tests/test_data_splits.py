@@ -106,6 +106,25 @@ def test_images_per_class_keeps_the_first_of_each_class_after_the_split() -> Non
         assert few[name].tolist() == sorted(expected)
 
 
+def test_a_number_of_images_of_each_class_is_drawn_from_all_lists_and_the_rest_is_test() -> None:
+    data = dataset([60, 31, 40], train=[*range(70)], validation=[*range(70, 90)], test=[*range(90, 131)])
+    drawn = table(validation=5 * 3)
+    drawn = drawn.model_copy(update={"split": drawn.split.model_copy(update={"train_images_per_class": 30})})
+    splits = split_dataset(data, drawn)
+    counts = {name: np.bincount(data.labels[indices], minlength=3).tolist() for name, indices in splits.items()}
+    assert counts == {"train": [25] * 3, "validation": [5] * 3, "test": [30, 1, 10]}
+    assert sorted(np.concatenate(list(splits.values())).tolist()) == list(range(131))
+    assert all((np.diff(indices) > 0).all() for indices in splits.values())
+    other = split_dataset(data, drawn.model_copy(update={"split": drawn.split.model_copy(update={"seed": 1})}))
+    assert not np.array_equal(other["test"], splits["test"])
+    assert describe_splits(data, drawn) == (
+        "splits: validation is 15 (stratified) of the training images; test is all but 30 images of each class"
+    )
+    too_many = drawn.split.model_copy(update={"train_images_per_class": 31})
+    with pytest.raises(UserError, match="train_images_per_class = 31, but class class 1 has 31 images: none would"):
+        split_dataset(data, drawn.model_copy(update={"split": too_many}))
+
+
 def test_a_class_without_training_images_is_named() -> None:
     data = dataset([10, 10, 1])
     only = int(np.flatnonzero(data.labels == 2)[0])

@@ -43,6 +43,9 @@ def split_dataset(dataset: Dataset, table: DataConfig) -> dict[str, IntArray]:
     used. With ``split.folds``, one of the two splits is a fold (:func:`fold_split`). Random splits never divide a
     group.
 
+    With ``split.train_images_per_class``, this many images of each class are drawn for training and validation, and all
+    others are the test split.
+
     Raises UserError if another split, or the training images of a class, would be empty.
     """
     split, lists, labels = table.split, dataset.lists, dataset.labels
@@ -51,7 +54,9 @@ def split_dataset(dataset: Dataset, table: DataConfig) -> dict[str, IntArray]:
     method, fold = _method(dataset, split), fold_split(dataset, split)
     train, nothing = lists["train"], np.array([], dtype=np.int64)
     test_share = test_fraction(dataset, split)
-    if fold == "test":
+    if split.train_images_per_class is not None:
+        train, test = _draw_of_each_class(dataset, split.train_images_per_class, split.seed)
+    elif fold == "test":
         train, test = _take_fold(dataset, train, split, method, _TEST)
     elif test_share == 0:
         test = nothing
@@ -74,7 +79,7 @@ def split_dataset(dataset: Dataset, table: DataConfig) -> dict[str, IntArray]:
         "validation": _first_of_each_class(validation, labels, table.images_per_class),
         "test": _first_of_each_class(test, labels, table.test_images_per_class),
     }
-    shares = {"train": 1, "validation": split.validation, "test": test_share or fold == "test"}
+    shares = {"train": 1, "validation": split.validation, "test": test_share or fold == "test" or len(test)}
     check_splits(dataset, splits, [name for name in SPLITS if shares[name]])
     return splits
 
@@ -111,7 +116,8 @@ def describe_splits(dataset: Dataset, table: DataConfig) -> str:
     share, fold = test_fraction(dataset, split), fold_split(dataset, split)
     groups = "" if dataset.groups is None else ", without dividing groups"
     the_fold = f"fold {split.fold} of {split.folds} of the training images ({method}{groups})"
-    unused = "; its own validation list is not used" if "validation" in dataset.lists else ""
+    is_unused = "validation" in dataset.lists and split.train_images_per_class is None
+    unused = "; its own validation list is not used" if is_unused else ""
     if fold == "validation":
         validation = f"{the_fold}{unused}"
     elif split.validation == 0:
@@ -121,7 +127,9 @@ def describe_splits(dataset: Dataset, table: DataConfig) -> str:
     else:
         amount = "every second one" if method == "alternate" else f"{split.validation:g} ({method}{groups})"
         validation = f"{amount} of the training images{unused}"
-    if fold == "test":
+    if split.train_images_per_class is not None:
+        test = f"all but {plural(split.train_images_per_class, 'image')} of each class"
+    elif fold == "test":
         test = the_fold
     elif share == 0:
         why = "the data set has a validation list but no test list; data.split.test = 0.2 would draw one"
@@ -166,7 +174,8 @@ def _method(dataset: Dataset, split: SplitConfig) -> str:
     """Resolve "auto" in ``split.method``. Raises UserError for "official" without an official validation list."""
     has_list = "validation" in dataset.lists
     if split.method == "auto":
-        return "official" if has_list and fold_split(dataset, split) != "validation" else "stratified"
+        is_used = has_list and split.train_images_per_class is None and fold_split(dataset, split) != "validation"
+        return "official" if is_used else "stratified"
     if split.method == "alternate" and dataset.groups is not None:
         raise UserError(
             "data.split.method = 'alternate' would divide groups (data.columns.group); allowed: stratified, random"
@@ -223,6 +232,28 @@ def _choose(labels: IntArray, method: str, count: int, seed: int, purpose: int) 
     for label, (members, quota) in enumerate(zip(by_class, _quotas(counts, count), strict=True)):
         chosen[members[keyed_permutation(len(members), seed, purpose, label)[:quota]]] = True
     return chosen
+
+
+def _draw_of_each_class(dataset: Dataset, number: int, seed: int) -> tuple[IntArray, IntArray]:
+    """Draw ``number`` images of each class from all lists of the data set; return their indices and all others.
+
+    Raises UserError for images with groups or several labels, and for a class without more images than that.
+    """
+    key = "data.split.train_images_per_class"
+    if dataset.is_multi_label or dataset.groups is not None:
+        what = "several labels" if dataset.is_multi_label else "groups, which may not be divided"
+        raise UserError(f"{key} is not possible for images with {what}")
+    every = np.sort(np.concatenate(list(dataset.lists.values())))
+    labels, chosen = dataset.labels[every], np.zeros(len(every), dtype=bool)
+    for label, name in enumerate(dataset.classes):
+        members = np.flatnonzero(labels == label)
+        if len(members) <= number:
+            raise UserError(
+                f"{key} = {number}, but class {name} has {plural(len(members), 'image')}: none would be left for the "
+                "test split"
+            )
+        chosen[members[keyed_permutation(len(members), seed, _TEST, label)[:number]]] = True
+    return every[chosen], every[~chosen]
 
 
 def _take_fold(

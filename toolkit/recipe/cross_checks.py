@@ -133,7 +133,17 @@ def splits(recipe: Recipe) -> Iterator[Issue]:
     if split.folds is not None and split.test != "auto" and split.validation == 0:
         text = "with a fixed data.split.test, the fold is the validation split, but data.split.validation is 0"
         yield error("data.split.folds", text, "data.split.test", "data.split.validation", hint='set test = "auto"')
-    if images is None:
+    if split.train_images_per_class is not None:
+        for key, default in (("folds", None), ("test", "auto")):
+            if getattr(split, key) != default:
+                text = "contradicts data.split.train_images_per_class, which leaves all other images for the test split"
+                yield error(f"data.split.{key}", text, "data.split.train_images_per_class")
+        if split.method == "official":
+            text = "contradicts data.split.train_images_per_class, which draws from all lists"
+            yield error(
+                "data.split.method", text, "data.split.train_images_per_class", hint='remove it, or "stratified"'
+            )
+    if images is None or split.train_images_per_class is not None:
         return
     test = 0 if images[1] else 0.2 if split.test == "auto" else split.test
     shares = {"validation": split.validation, "test": test}

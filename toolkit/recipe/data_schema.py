@@ -54,6 +54,14 @@ class SplitConfig(ConfigModel):
         "list. 0: no test split; an official test list is not used either. auto: 0.2, but no test split if the data "
         "set has a validation list and no test list.",
     )
+    train_images_per_class: int | None = Field(
+        None,
+        ge=1,
+        description="Draw this many images of each class at random for training and validation together; all others "
+        "are the test split, including those of an official test list. The usual protocol for Caltech-101 draws 30 "
+        "(Kornblith et al. 2019, arXiv:1805.08974). Not with test or folds.",
+        json_schema_extra=IMAGES,
+    )
     folds: int | None = Field(
         None,
         ge=2,
