@@ -107,6 +107,7 @@ ELSEWHERE = {
     r"toolkit data recipes/.*": "test_cli_data.py::test_",
     r"toolkit data .*--write-table.*": "test_write_table.py::test_",
     r"toolkit explain .*": "test_explain.py::test_",
+    r"toolkit embed .*": "test_embed.py::test_",
     r"toolkit predict RUN @.*": "test_predict.py::test_",
 }
 """Commands that need what this test lacks (a cluster, a server, hours, a faulty file): the tests that execute them.

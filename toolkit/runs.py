@@ -19,6 +19,8 @@ from toolkit.errors import UserError
 from toolkit.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from pandas import DataFrame
 
     from toolkit.inference.predict_images import ImageInput, Prediction
@@ -112,6 +114,23 @@ class Run(RunDirectory):
         from toolkit.inference.predict_images import predict_images
 
         return predict_images(self, images, top_k=top_k, batch_size=batch_size, workers=workers)
+
+    def embed(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        batch_size: int | None = None,
+        workers: int | None = None,
+    ) -> NDArray[np.float32]:
+        """Return the features of images, float32 [N, D]: the inputs of the best model's last layer.
+
+        Arguments are those of :meth:`predict`. The features of images that cannot be read are NaN, with a warning.
+        Raises UserError if none can be read, or if the model's last layer does not take one tensor. Under a launcher,
+        all processes call it with the same images, and each gets all features.
+        """
+        from toolkit.inference.predict_images import embed_images
+
+        return embed_images(self, images, batch_size=batch_size, workers=workers)
 
     def evaluate(
         self,

@@ -158,7 +158,7 @@ def predict(
     trained = load_model(run)
     if trained.caution:
         log(trained.caution)
-    train, own_batch_size = _settings(run)
+    train, own_batch_size = run_settings(run)
     with distributed_context(train) as accelerator:
         predictions = _predict(trained, arguments, accelerator, train, top_k, batch_size or own_batch_size, workers)
         _output(accelerator, predictions, chosen, out)
@@ -175,7 +175,7 @@ def _check_style(style: str) -> None:
         raise UserError(f"--format {style}: expected {', '.join(FORMATS)}{hint}")
 
 
-def _settings(path: Path) -> tuple[TrainConfig, int]:
+def run_settings(path: Path) -> tuple[TrainConfig, int]:
     """Return the training settings and the batch size per process: the run's, or defaults for an exported model."""
     from toolkit.recipe.schema import TrainConfig
     from toolkit.runs import Run

@@ -12,6 +12,7 @@ import typer
 
 from toolkit.cli.bench import bench
 from toolkit.cli.cache import cache
+from toolkit.cli.embed import embed
 from toolkit.cli.errors import command
 from toolkit.cli.estimate import data, doctor, pack, plan
 from toolkit.cli.export import export, publish, sync
@@ -48,7 +49,7 @@ app = typer.Typer(
 COMMANDS = (
     new, train, recipes, validate, show, diff, schema, plan, data, pack, models, transforms, optimizers, datasets,
     plugins, doctor, bench, find_lr, cache, submit, status, logs, cancel, study, sweep, table, report, evaluate,
-    predict, explain, export, publish, sync,
+    predict, embed, explain, export, publish, sync,
 )  # fmt: skip
 for function in COMMANDS:
     app.command()(function)

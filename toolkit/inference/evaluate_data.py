@@ -96,11 +96,7 @@ def evaluate_data(
     name = name or "-".join(filter(None, (path.name if path.is_dir() else path.stem, split)))
     check_name(run, name, data, split)
     trained, recipe = load_model(run.path, model=run.factory), run.recipe
-    config = data_config(data, recipe, split)
-    channels = trained.preprocessing.channels
-    config = as_trained(config, trained.preprocessing).model_copy(update={"channels": channels})
-    dataset = main_first(accelerator, lambda: open_dataset(config, for_training=False))
-    indices = _indices(dataset, config, split, draw=path.suffix == ".toml")
+    config, dataset, indices = open_data(recipe, trained, data, split, accelerator)
     indices, labels, unknown = match_classes(dataset, indices, trained, data, ignore=ignore_unknown_classes)
     if dataset.is_multi_label:
         check_label_splits(replace(dataset, classes=trained.classes, labels=labels), {"given": indices})
@@ -141,6 +137,20 @@ def evaluate_data(
     main_only(accelerator, lambda: write_evaluation(run, found, columns, rows), share=False)
     notes += _notes(run, config, trained, found, names)
     return DataEvaluation(found, own_metrics(summary["best"] if summary else {}), notes)
+
+
+def open_data(
+    recipe: Recipe, trained: TrainedModel, data: str, split: str | None, accelerator: Accelerator
+) -> tuple[DataConfig, Dataset, IntArray]:
+    """Open a data set given on the command line, whose images are then decoded as the run's. Collective.
+
+    ``recipe``: that of the run. Returns the [data] table, the data set, and the indices of all images or of ``split``.
+    """
+    config = data_config(data, recipe, split)
+    channels = trained.preprocessing.channels
+    config = as_trained(config, trained.preprocessing).model_copy(update={"channels": channels})
+    dataset = main_first(accelerator, lambda: open_dataset(config, for_training=False))
+    return config, dataset, _indices(dataset, config, split, draw=Path(data).suffix == ".toml")
 
 
 def own_metrics(best: dict[str, float]) -> tuple[str, dict[str, float]] | None:

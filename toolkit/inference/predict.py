@@ -28,6 +28,7 @@ from toolkit.data.sampling import hash64
 from toolkit.distributed.cpu_count import available_cpus
 from toolkit.distributed.process import local_processes
 from toolkit.errors import UserError
+from toolkit.inference.features import ModelWithFeatures
 from toolkit.run_directory import LABEL_SEPARATOR
 from toolkit.training.evaluation import to_device
 from toolkit.training.trained_model import TrainedModel
@@ -117,6 +118,13 @@ class Predictions:
     failed: list[FailedFile]
     thresholds: npt.NDArray[np.float64] | None = None
     """Minimum probability for a class to be listed, [K]; None: all classes in ``ranking`` are listed."""
+    features: npt.NDArray[np.float32] | None = None
+    """Inputs of the last layer, [N, D], if requested; 0 for images that could not be predicted."""
+
+    @property
+    def readable(self) -> npt.NDArray[np.int64]:
+        """Positions of the images that could be predicted, in order."""
+        return np.setdiff1d(np.arange(len(self.paths)), [file.position for file in self.failed])
 
     def rows(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """Yield, for each readable image, its path and (class, probability to six digits) by decreasing probability."""
@@ -208,6 +216,7 @@ def predict(
     workers: int | None = None,
     autocast_dtype: torch.dtype | None = None,
     channels_last: bool = False,
+    with_features: bool = False,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Predictions:
     """Predict each image on one of the processes, and gather the results. Collective.
@@ -216,8 +225,8 @@ def predict(
     all labels whose probability is at least their threshold.
     ``batch_size`` is per process. The images are divided into batches, which are then distributed, so that the results
     do not depend on the number of processes. ``workers``: number of data loader workers; None: the available CPUs minus
-    one. A single batch is loaded without workers. ``advance`` is called with the number of images of each batch of this
-    process.
+    one. A single batch is loaded without workers. ``with_features``: also return the inputs of the last layer.
+    ``advance`` is called with the number of images of each batch of this process.
     """
     module = trained.module.to(device)
     if channels_last:
@@ -237,22 +246,28 @@ def predict(
         worker_init_fn=_leave_interrupts_to_parent if workers else None,
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
+    model = ModelWithFeatures(module, trained.head) if with_features else None
+    width = model.width(trained.preprocessing.channels, trained.preprocessing.image_size) if model else 0
     found = torch.zeros(count, 2, top_k, dtype=torch.float64)  # probabilities and class indices
+    features = torch.zeros(count, width)
     failed = list[FailedFile]()
     for positions, batch, bad in loader:
         failed += bad
         if batch is not None:
             inputs = to_device(batch, device, channels_last)
             with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-                logits = module(inputs)
+                logits = module(inputs) if model is None else model(inputs)
+            if model is not None:
+                features[positions] = model.features.float().cpu()
             probabilities, classes = trained.task.probabilities(logits.float()).topk(top_k, 1)
             found[positions] = torch.stack([probabilities.double(), classes.double()], 1).cpu()
         advance(len(positions) + len(bad))
-    found, failed = _gathered(found, failed, device)
+    found, features, failed = _summed(found, device), _summed(features, device), _gathered(failed)
     probabilities, classes = found.unbind(1)
     names = [images.name(i) for i in range(count)]
     ranking = classes.numpy().astype(np.int64)
-    return Predictions(names, trained.classes, ranking, probabilities.numpy(), failed, thresholds)
+    kept = features.numpy() if with_features else None
+    return Predictions(names, trained.classes, ranking, probabilities.numpy(), failed, thresholds, kept)
 
 
 def _identity(batch: Any) -> Any:
@@ -263,12 +278,19 @@ def _leave_interrupts_to_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _gathered(found: Tensor, failed: list[FailedFile], device: torch.device) -> tuple[Tensor, list[FailedFile]]:
-    """Combine the rows and failures of all processes; rows of other processes must be 0 in ``found``. Collective."""
+def _summed(rows: Tensor, device: torch.device) -> Tensor:
+    """Combine the rows of all processes; rows of other processes must be 0. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return found, failed
-    shared = found.to(device) if dist.get_backend() == "nccl" else found
+        return rows
+    shared = rows.to(device) if dist.get_backend() == "nccl" else rows
     dist.all_reduce(shared)
+    return shared.cpu()
+
+
+def _gathered(failed: list[FailedFile]) -> list[FailedFile]:
+    """Combine the failures of all processes, in order. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return failed
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, failed)
-    return shared.cpu(), sorted(file for process in gathered for file in process)
+    return sorted(file for process in gathered for file in process)

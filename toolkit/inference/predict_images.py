@@ -95,6 +95,32 @@ def predict_images(
     workers: int | None,
 ) -> list[Prediction]:
     """Predict images with a run's best model; see :meth:`toolkit.runs.Run.predict`. Collective."""
+    items, found = _predicted(run, images, top_k=top_k, batch_size=batch_size, workers=workers)
+    _report_failures(found)
+    return list(_records(items, found))
+
+
+def embed_images(
+    run: Run, images: ImageInput | Iterable[ImageInput], *, batch_size: int | None, workers: int | None
+) -> npt.NDArray[np.float32]:
+    """Return the features of images; see :meth:`toolkit.runs.Run.embed`. Collective."""
+    _, found = _predicted(run, images, top_k=1, batch_size=batch_size, workers=workers, with_features=True)
+    _report_failures(found)
+    assert found.features is not None
+    found.features[[file.position for file in found.failed]] = np.nan
+    return found.features
+
+
+def _predicted(
+    run: Run,
+    images: ImageInput | Iterable[ImageInput],
+    *,
+    top_k: int | None,
+    batch_size: int | None,
+    workers: int | None,
+    with_features: bool = False,
+) -> tuple[list[str | Decoded], Predictions]:
+    """Return all images, with those of folders in place of the folders, and their predictions. Collective."""
     for name, value, least in (("top_k", top_k, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
         if value is not None and value < least:
             raise UserError(f"{name} is {value}: it must be at least {least}")
@@ -113,10 +139,10 @@ def predict_images(
             workers=workers,
             autocast_dtype=autocast_dtype(accelerator.mixed_precision),
             channels_last=train.channels_last,
+            with_features=with_features,
         )
     trained.module.to("cpu").to(memory_format=torch.contiguous_format)  # as it was loaded: users call run.model too
-    _report_failures(found)
-    return list(_records(items, found))
+    return items, found
 
 
 def _expanded(images: ImageInput | Iterable[ImageInput]) -> Iterator[str | Decoded]:
@@ -126,7 +152,7 @@ def _expanded(images: ImageInput | Iterable[ImageInput]) -> Iterator[str | Decod
         is_one = images.ndim < 4
     for image in [images] if is_one else images:  # type: ignore[union-attr]
         if isinstance(image, str | os.PathLike):
-            yield from images_at(os.fspath(image), lambda note: warnings.warn(note, stacklevel=6))
+            yield from images_at(os.fspath(image), lambda note: warnings.warn(note, stacklevel=7))
         elif isinstance(image, Image.Image) or _is_pixels(image):
             yield image
         else:
@@ -147,12 +173,13 @@ def _report_failures(found: Predictions) -> None:
     """Warn about images that could not be predicted. Raises UserError if none could be."""
     if not found.failed:
         return
-    first = found.failed[0]
+    first, has_features = found.failed[0], found.features is not None
     reason = f"{found.paths[first.position]}: {first.reason}"
     if len(found.failed) == len(found.paths):
         raise UserError(reason if len(found.paths) == 1 else f"none of {len(found.paths)} images is readable; {reason}")
-    count = f"{len(found.failed)} of {plural(len(found.paths), 'image')} could not be predicted"
-    warnings.warn(f"{count}, see their `error`; {reason}", stacklevel=4)
+    count = f"{len(found.failed)} of {plural(len(found.paths), 'image')}"
+    what = "read, their features are NaN" if has_features else "predicted, see their `error`"
+    warnings.warn(f"{count} could not be {what}; {reason}", stacklevel=4)
 
 
 def _records(items: Sequence[object], found: Predictions) -> Iterator[Prediction]:

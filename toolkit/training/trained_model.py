@@ -93,6 +93,8 @@ class TrainedModel:
     """Preprocessing of training images; None: the same as ``preprocessing``."""
     plugin_note: str | None = None
     """Note if the file of the model's plugin has changed since the model was trained."""
+    head: str = ""
+    """Dotted name of the last layer of ``module``."""
 
     @property
     def train_size(self) -> Size:
@@ -185,7 +187,7 @@ def load_model(path: str | os.PathLike[str], *, model: Object | None = None) -> 
     _check_finished(folder, weights, classes)
     module = built.module.eval()
     return TrainedModel(
-        module, preprocessing, transforms, classes, task, table, recipe, weights, in_training, plugin_note
+        module, preprocessing, transforms, classes, task, table, recipe, weights, in_training, plugin_note, built.head
     )
 
 
