@@ -139,6 +139,12 @@ def test_half_precision_halves_the_activations() -> None:
     assert averaged["average"] == averaged["gradients"]
 
 
+def test_sam_takes_two_passes_and_a_copy_of_the_weights() -> None:
+    plain, sam = plan(QUICKSTART), plan(QUICKSTART, "--set", "optimizer.sam=0.05")
+    assert sam["training_flops_per_image"] == 2 * plain["training_flops_per_image"]
+    assert sam["memory"]["total"] == plain["memory"]["total"] + plain["memory"]["gradients"]
+
+
 # The measurement itself
 
 

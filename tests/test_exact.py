@@ -180,6 +180,11 @@ def test_repeated_and_alternating_augmentation_are_the_same_on_two_processes(tmp
     assert alone["epochs"][0]["train/loss"] != without["epochs"][0]["train/loss"]
 
 
+def test_sam_takes_the_same_steps_on_two_processes(tmp_path: Path) -> None:
+    settings = ("optimizer.sam=0.1", "train.epochs=2")
+    assert_same_experiment(run_with(tmp_path, 1, True, *settings), run_with(tmp_path, 2, True, *settings))
+
+
 def test_the_number_of_data_workers_does_not_change_the_experiment(tmp_path: Path) -> None:
     runs = [run_with(tmp_path, 1, True, f"data.workers={workers}") for workers in (0, 3)]
     for key in ("epochs", "predictions"):

@@ -5,7 +5,7 @@ Nothing is trained or downloaded.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,8 @@ def _measure(
     except Exception:  # some constructors read tensor values; an error in the recipe is raised again
         built, transfer = build()
     step, measured_by = measure_step(built.module, shape, dtype)
+    if recipe.optimizer.sam is not None:  # two forward and backward passes
+        step = replace(step, training_flops=2 * step.training_flops)
     return built, transfer, step, measured_by
 
 
@@ -302,12 +304,15 @@ def _memory_rows(memory: Memory) -> list[tuple[str, int]]:
         "weights": "weights",
         "gradients": "gradients",
         "optimizer": "optimizer state",
-        "average": "moving average of the weights",
+        "average": "average of the weights",
         "start": "pretrained weights before training",
+        "sam": "copy of the weights for SAM",
         "activations": "activations kept for the backward pass",
         "images": "images",
     }
-    return [(labels[key], value) for key, value in asdict(memory).items() if value or key not in ("average", "start")]
+    return [
+        (labels[key], value) for key, value in asdict(memory).items() if value or key not in ("average", "start", "sam")
+    ]
 
 
 def _steps_text(found: ResourceEstimate) -> str:

@@ -47,9 +47,11 @@ class Memory:
     gradients: int
     optimizer: int
     average: int
-    """Moving average of the weights (train.ema)."""
+    """Average of the weights (train.ema, optimizer.lookahead)."""
     start: int
     """Pretrained parameters before training (transfer.l2_sp)."""
+    sam: int
+    """Copy of the weights during the second pass of optimizer.sam."""
     activations: int
     images: int
     """Images of one micro-batch, float32."""
@@ -146,8 +148,9 @@ def measure_memory(recipe: Recipe, built: ModelBundle, step: StepCost, shape: tu
         weights=_nbytes([*parameters, *built.module.buffers()]),
         gradients=trainable,
         optimizer=optimizer_bytes(recipe.optimizer, param_groups(built, recipe.transfer, recipe.optimizer)),
-        average=trainable if recipe.train.ema else 0,
+        average=trainable if recipe.train.ema or recipe.optimizer.lookahead else 0,
         start=_nbytes(pretrained) if recipe.transfer.l2_sp else 0,
+        sam=trainable if recipe.optimizer.sam else 0,
         activations=step.activations,
         images=4 * shape[0] * shape[1] * shape[2] * shape[3],
     )

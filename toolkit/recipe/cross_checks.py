@@ -14,7 +14,7 @@ from toolkit.recipe import augment_checks, catalog_checks, input_checks, task_ch
 from toolkit.recipe.diagnostics import Issue, error, warning
 from toolkit.recipe.gpu_support import is_random
 from toolkit.recipe.image_size import convnet_output_size, input_size
-from toolkit.recipe.schema import DataConfig, Recipe, SchedulerConfig, TransferConfig
+from toolkit.recipe.schema import DataConfig, OptimizerConfig, Recipe, SchedulerConfig, TransferConfig
 from toolkit.recipe.toml_positions import KeyPath
 from toolkit.recipe.toml_writer import toml_value
 from toolkit.recipe.training_schema import LOSS_KEYS, SCHEDULE_KEYS
@@ -77,6 +77,8 @@ def logistic(recipe: Recipe) -> Iterator[Issue]:
         "train.class_weights": (train.class_weights != "none", "classes are not weighted"),
         "train.sampling": (train.sampling == "balanced", "each image counts once"),
         "train.ema": (train.ema is not None, "there are no steps to average over"),
+        "optimizer.sam": (recipe.optimizer.sam is not None, "the optimizer takes no steps"),
+        "optimizer.lookahead": (recipe.optimizer.lookahead is not None, "the optimizer takes no steps"),
         "augment.label_smoothing": (augment.label_smoothing > 0, "labels are not smoothed"),
         "augment.mixup": (augment.mixup > 0, "features of mixed images cannot be computed once"),
         "augment.cutmix": (augment.cutmix > 0, "features of mixed images cannot be computed once"),
@@ -215,6 +217,20 @@ def _table(table: DataConfig) -> Iterator[Issue]:
             if getattr(table, key) is not None:
                 text = "has no effect with several label columns, whose names are the classes"
                 yield warning(f"data.{key}", text, "data.columns.label", at="key")
+
+
+def optimizer(recipe: Recipe) -> Iterator[Issue]:
+    """Check that SAM and Lookahead fit the other settings; warn about keys that have no effect without them."""
+    table, default = recipe.optimizer, OptimizerConfig.model_fields
+    for key, needed in (("sam_adaptive", "sam"), ("lookahead_alpha", "lookahead")):
+        if getattr(table, needed) is None and getattr(table, key) != default[key].default:
+            yield warning(f"optimizer.{key}", f"has no effect without {needed}", f"optimizer.{needed}", at="key")
+    if table.sam is not None and recipe.train.precision == "fp16":
+        text = "cannot be combined with fp16, whose loss scaling does not check the first of the two gradients"
+        yield error("optimizer.sam", text, "train.precision", hint='set train.precision = "bf16" or "no"', at="key")
+    if table.lookahead is not None and recipe.train.ema is not None:
+        text = "cannot be combined with train.ema: each determines the weights that are evaluated and saved"
+        yield error("optimizer.lookahead", text, "train.ema", hint="remove one of them", at="key")
 
 
 def scheduler(recipe: Recipe) -> Iterator[Issue]:
@@ -361,6 +377,7 @@ RULES = (
     input_checks.channels,
     splits,
     input_checks.normalization,
+    optimizer,
     scheduler,
     early_stopping,
     monitored_metrics,

@@ -52,6 +52,28 @@ class OptimizerConfig(ConfigModel):
     args: dict[str, Any] = Field(
         {}, description="Additional arguments of the optimizer, such as betas = [0.9, 0.99] or eps."
     )
+    sam: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="Sharpness-aware minimization (SAM; Foret et al. 2021, arXiv:2010.01412): radius rho of the "
+        "neighborhood whose worst loss is minimized, for example 0.05. Each step takes two forward and backward "
+        "passes.",
+    )
+    sam_adaptive: bool = Field(
+        False,
+        description="Adaptive SAM (ASAM; Kwon et al. 2021, arXiv:2102.11600): the radius of each weight is "
+        "proportional to its absolute value plus 0.01; typical values of sam are 0.5 to 2.",
+    )
+    lookahead: int | None = Field(
+        None,
+        ge=1,
+        description="Lookahead (Zhang et al. 2019, arXiv:1907.08610): every so many steps the slow weights move toward "
+        "the weights by lookahead_alpha, and training continues from them. The slow weights are evaluated and saved. "
+        "The paper uses 5 or 10, timm 6.",
+        json_schema_extra=STEPS,
+    )
+    lookahead_alpha: float = Field(0.5, gt=0, le=1, description="Step size of Lookahead's slow weights.")
 
 
 class SchedulerConfig(ConfigModel):

@@ -42,7 +42,7 @@ from toolkit.training.lr_schedule import gamma_of, learning_rate
 from toolkit.training.optimizer import build_optimizer
 
 STEPS = 8
-"""Number of optimizer steps to take; enough for Lookahead, which updates its slow weights every sixth step."""
+"""Number of optimizer steps to take."""
 
 ASSUMED_CLASSES = 10
 """Number of classes assumed if the data set is needed to count them and is not available."""
@@ -186,8 +186,8 @@ def _network(recipe: Recipe) -> Hashable:
     described = tuple((g["name"], len(g["params"]), g["lr"], g["lr_scale"], g["weight_decay"]) for g in groups)
     later = tuple((g["name"], g["lr"], g["weight_decay"]) for g in unfrozen)
     settings = sorted({(group["lr"], group["weight_decay"]) for group in groups})
-    penalty = recipe.transfer.l2_sp
-    return model, tuple(trained), in_eval_mode, described, later, _steps(recipe.optimizer, settings), penalty
+    steps = _steps(recipe.optimizer, settings), _around_steps(recipe.optimizer), recipe.transfer.l2_sp
+    return model, tuple(trained), in_eval_mode, described, later, steps
 
 
 def _classes(recipe: Recipe) -> int:
@@ -250,6 +250,12 @@ def _steps(table: OptimizerConfig, settings: Sequence[tuple[float, float]]) -> s
     for parameter in itertools.chain(*parameters):
         digest.update(parameter.detach().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _around_steps(table: OptimizerConfig) -> Hashable:
+    """Return the settings of what surrounds the optimizer's steps: SAM and Lookahead."""
+    sam = None if table.sam is None else (table.sam, table.sam_adaptive)
+    return sam, None if table.lookahead is None else (table.lookahead, table.lookahead_alpha)
 
 
 # -- schedule ---------------------------------------------------------------------------------------------------------

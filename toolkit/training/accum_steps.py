@@ -125,7 +125,7 @@ def _fits(trainer: Trainer, number: int, epoch: int) -> bool:
         step,
         wrapped=step.network,
         optimizer=step.optimizer.optimizer,  # without the gradient scaler
-        ema=None,
+        average=None,
         settings=replace(step.settings, max_grad_norm=None, log_every=0),
         finite=NonFiniteDetector(),
     )

@@ -1,4 +1,4 @@
-"""Build the parts that training updates: parameter groups, optimizer, EMA, wrapped model."""
+"""Build the parts that training updates: parameter groups, optimizer, weight average, wrapped model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolkit.augment.mixup import is_mixed
 from toolkit.distributed.batchnorm import replace_batch_norms
@@ -14,9 +14,10 @@ from toolkit.errors import UserError
 from toolkit.filenames import encode_name
 from toolkit.models.transfer import param_groups
 from toolkit.plugins import PREFIX
+from toolkit.recipe.schema import Recipe
 from toolkit.similar_names import did_you_mean
 from toolkit.training.context import TrainingContext
-from toolkit.training.ema import ModelEma
+from toolkit.training.ema import Lookahead, ModelEma, WeightAverage
 from toolkit.training.loaders import DataLoaders
 from toolkit.training.losses import Loss, check_loss, plugin_loss
 from toolkit.training.optimizer import build_optimizer
@@ -58,11 +59,22 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
         log_every=recipe.train.log_every,
         example_weights=_tensor(setup, example_weights(setup)),
         has_unkeyed_randomness=bool(setup.built.unkeyed),
+        sam_radius=recipe.optimizer.sam,
+        sam_adaptive=recipe.optimizer.sam_adaptive,
     )
-    train = recipe.train
-    ema = None if train.ema is None else ModelEma(network, train.ema, every=train.ema_steps, warmup=train.ema_warmup)
+    average = _weight_average(recipe, network)
     wrapped = accelerator.prepare_model(network)
-    return TrainStep(accelerator, network, wrapped, optimizer, setup.stochastic, ema, settings)
+    return TrainStep(accelerator, network, wrapped, optimizer, setup.stochastic, average, settings)
+
+
+def _weight_average(recipe: Recipe, network: nn.Module) -> WeightAverage | None:
+    """Return the average of the weights that is evaluated in their place, if the recipe has one."""
+    train, optimizer = recipe.train, recipe.optimizer
+    if train.ema is not None:
+        return ModelEma(network, train.ema, every=train.ema_steps, warmup=train.ema_warmup)
+    if optimizer.lookahead is not None:
+        return Lookahead(network, optimizer.lookahead, optimizer.lookahead_alpha)
+    return None
 
 
 def _loss(setup: TrainingContext) -> Loss:
@@ -90,8 +102,8 @@ def unfreeze(setup: TrainingContext, trainer: TrainStep, epoch: int) -> bool:
     known = trainer.optimizer.param_groups
     for group in param_groups(setup.built, setup.recipe.transfer, setup.recipe.optimizer, known):
         trainer.optimizer.add_param_group(group)
-    if trainer.ema is not None:
-        trainer.ema.follow(trainer.network)
+    if trainer.average is not None:
+        trainer.average.follow(trainer.network)
     # DDP checks requires_grad only when it wraps a module.
     trainer.wrapped = setup.accelerator.prepare_model(setup.accelerator.unwrap_model(trainer.wrapped))
     return True

@@ -180,6 +180,12 @@ def build_context(
     )
     if warning := short_run_warning(train, setup.steps * train.epochs):
         display.log(warning)
+    every, steps = recipe.optimizer.lookahead, setup.steps * train.epochs
+    if every is not None and every > steps:
+        raise UserError(
+            f"optimizer.lookahead = {every}, but the run has only {plural(steps, 'step')}: the slow weights, which are "
+            "evaluated, would never change. Set a smaller number"
+        )
     return setup
 
 

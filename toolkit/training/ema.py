@@ -1,11 +1,12 @@
-"""Exponential moving average (EMA) of the weights (Polyak & Juditsky 1992), swapped into the model for evaluation.
+"""Averages of the weights that are swapped into the model for evaluation: EMA and Lookahead.
 
-By default the decay is warmed up with the number of updates, so that the random initial weights soon stop contributing,
-as in timm's ModelEmaV3 with ``use_warmup``.
+Exponential moving average (EMA): Polyak & Juditsky 1992. By default its decay is warmed up with the number of updates,
+so that the random initial weights soon stop contributing, as in timm's ModelEmaV3 with ``use_warmup``.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -56,12 +57,10 @@ def short_run_warning(train: TrainConfig, steps: int) -> str | None:
     return f"warning: train.ema = {decay:g} is {window}: {reached}"
 
 
-class ModelEma:
-    """EMA of every trainable parameter. Buffers are not averaged: batch norm statistics already are averages."""
+class WeightAverage(ABC):
+    """Average of every trainable parameter. Buffers are not averaged: batch norm statistics already are averages."""
 
-    def __init__(self, module: nn.Module, decay: float, *, every: int = 1, warmup: bool = True) -> None:
-        """``every``: number of optimizer steps between two updates. ``warmup``: see :func:`decay_at`."""
-        self.decay, self.every, self.warmup = decay, every, warmup
+    def __init__(self, module: nn.Module) -> None:
         self.averages: dict[str, Tensor] = {}
         self.follow(module)
 
@@ -71,18 +70,14 @@ class ModelEma:
             if parameter.requires_grad and name not in self.averages:
                 self.averages[name] = parameter.detach().clone()
 
-    @torch.no_grad()
+    @abstractmethod
     def update(self, module: nn.Module, step: int) -> None:
-        """Update after step 1 and every ``every`` steps: average = decay x average + (1 - decay) x weight.
+        """Update the averages after optimizer step ``step`` of the run, counted from 1."""
 
-        The decay is that of :func:`decay_at`.
-        """
-        if (step - 1) % self.every:
-            return
+    def _weights(self, module: nn.Module) -> list[Tensor]:
+        """Return the module's parameters in the order of ``averages``."""
         current = dict(module.named_parameters())
-        weights: list[Tensor] = [current[name] for name in self.averages]
-        decay = decay_at(self.decay, 1 + (step - 1) // self.every, warmup=self.warmup)
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+        return [current[name] for name in self.averages]
 
     @contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
@@ -98,3 +93,42 @@ class ModelEma:
         for name, parameter in module.named_parameters():
             if name in self.averages:
                 parameter.data, self.averages[name] = self.averages[name], parameter.data
+
+
+class ModelEma(WeightAverage):
+    """EMA of every trainable parameter."""
+
+    def __init__(self, module: nn.Module, decay: float, *, every: int = 1, warmup: bool = True) -> None:
+        """``every``: number of optimizer steps between two updates. ``warmup``: see :func:`decay_at`."""
+        super().__init__(module)
+        self.decay, self.every, self.warmup = decay, every, warmup
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Update after step 1 and every ``every`` steps: average = decay x average + (1 - decay) x weight.
+
+        The decay is that of :func:`decay_at`.
+        """
+        if (step - 1) % self.every:
+            return
+        decay = decay_at(self.decay, 1 + (step - 1) // self.every, warmup=self.warmup)
+        torch._foreach_lerp_(list(self.averages.values()), self._weights(module), 1 - decay)
+
+
+class Lookahead(WeightAverage):
+    """Slow weights of Lookahead (Zhang et al. 2019, arXiv:1907.08610, algorithm 1), which start at the initial weights.
+
+    timm's Lookahead is not used: its slow weights start at the weights after the first k steps.
+    """
+
+    def __init__(self, module: nn.Module, k: int, alpha: float) -> None:
+        super().__init__(module)
+        self.k, self.alpha = k, alpha
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """After every k-th step: slow += alpha x (weight - slow), then weight = slow. The optimizer's state is kept."""
+        if step % self.k == 0:
+            slow, fast = list(self.averages.values()), self._weights(module)
+            torch._foreach_lerp_(slow, fast, self.alpha)
+            torch._foreach_copy_(fast, slow)

@@ -80,7 +80,9 @@ def checkpoint_content(trainer: Trainer, processes: list[dict[str, Any]]) -> dic
         "patience": trainer.patience.state(),
         "plateau": trainer.plateau.state(),
         "model": trainer.setup.built.module.state_dict(),
-        "ema": {} if step.ema is None else {_prefix(trainer) + name: v for name, v in step.ema.averages.items()},
+        "ema": {}
+        if step.average is None
+        else {_prefix(trainer) + name: v for name, v in step.average.averages.items()},
         "optimizer": step.optimizer.state_dict(),
         "scaler": {} if scaler is None else scaler.state_dict(),
         "random": [each["random"] for each in processes],
@@ -121,9 +123,9 @@ def restore_rest(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         load_state(step.optimizer, checkpoint["optimizer"])
     except ValueError as error:
         raise UserError(f"the checkpoint's optimizer state does not fit the recipe: {error}") from None
-    if step.ema is not None:
+    if step.average is not None:
         for name, value in checkpoint["ema"].items():
-            step.ema.averages[name.removeprefix(_prefix(trainer))].copy_(value)
+            step.average.averages[name.removeprefix(_prefix(trainer))].copy_(value)
     if accelerator.scaler is not None and checkpoint["scaler"]:
         accelerator.scaler.load_state_dict(checkpoint["scaler"])
     if len(checkpoint["random"]) == accelerator.num_processes:
@@ -140,8 +142,8 @@ def state_tensors(trainer: Trainer) -> dict[str, Tensor]:
     names = {parameter: name for name, parameter in module.named_parameters()}
     tensors = {name: parameter.detach() for parameter, name in names.items()}
     tensors |= {name: b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))}
-    if step.ema is not None:
-        tensors |= {f"the average of {name}": value for name, value in step.ema.averages.items()}
+    if step.average is not None:
+        tensors |= {f"the average of {name}": value for name, value in step.average.averages.items()}
     for parameter, state in step.optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):

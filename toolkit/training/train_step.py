@@ -24,10 +24,11 @@ from toolkit.distributed.batchnorm import set_replicated
 from toolkit.errors import RunFailed, first_line
 from toolkit.models.keyed_dropout import DropoutKeys, example_keys
 from toolkit.recipe.schema import AugmentConfig
-from toolkit.training.ema import ModelEma
+from toolkit.training.ema import WeightAverage
 from toolkit.training.evaluation import to_device
 from toolkit.training.l2_sp import L2SP
 from toolkit.training.losses import Loss
+from toolkit.training.sam import at_worst_neighbor
 from toolkit.training.task import Task
 
 
@@ -150,6 +151,9 @@ class TrainStepConfig:
     """Weight of the loss of each training image, float32 [N]; None: all 1."""
     has_unkeyed_randomness: bool = False
     """Whether the model draws random numbers outside its dropout layers."""
+    sam_radius: float | None = None
+    """rho of sharpness-aware minimization; None: plain steps."""
+    sam_adaptive: bool = False
 
 
 @dataclass
@@ -166,7 +170,7 @@ class TrainCallbacks:
 
 @dataclass
 class TrainStep:
-    """The model, optimizer and EMA that training steps update."""
+    """The model, optimizer and average of the weights that training steps update."""
 
     accelerator: Accelerator
     network: nn.Module
@@ -175,7 +179,7 @@ class TrainStep:
     """``network`` as wrapped by Accelerate (DDP, autocast)."""
     optimizer: Any
     stochastic: DropoutKeys
-    ema: ModelEma | None
+    average: WeightAverage | None
     settings: TrainStepConfig
     finite: NonFiniteDetector = field(default_factory=NonFiniteDetector)
     l2_sp: L2SP | None = None
@@ -192,12 +196,18 @@ class TrainStep:
             if micro.part == 0:
                 hooks.set_lr(epoch + micro.step / settings.steps_per_epoch)
                 step_losses: list[Tensor] = []
+                parts: list[tuple[MicroBatch, Any]] = []
             losses, right = self._forward_backward(micro, batch, epoch)
             step_losses.append(losses.sum())
             if not micro.replicated or self.accelerator.is_main_process:
                 sums.add(losses, right)
+            if settings.sam_radius is not None:
+                parts.append((micro, batch))
             if not micro.is_last:
                 continue
+            if settings.sam_radius is not None:
+                with at_worst_neighbor(self.network, settings.sam_radius, adaptive=settings.sam_adaptive):
+                    step_losses += [self._forward_backward(*part, epoch)[0].sum() for part in parts]
             done = micro.step + 1
             self._update(epoch * settings.steps_per_epoch + done)
             self.finite.add(done, torch.stack(step_losses).sum())
@@ -263,5 +273,5 @@ class TrainStep:
                 "transfer.head_lr, transfer.backbone_lr, or values in optimizer.args"
             ) from error
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.network, number)
+        if self.average is not None:
+            self.average.update(self.network, number)

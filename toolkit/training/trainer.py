@@ -211,7 +211,7 @@ class Trainer:
             average_statistics(self.setup.built.module)
 
     def evaluate(self, split: str) -> EvalResult:
-        """Evaluate the current model on a split, with EMA weights if the recipe has them (a collective)."""
+        """Evaluate the current model on a split, with averaged weights if the recipe has them (a collective)."""
         self._average_statistics()
         with self.averaged_weights():
             return self.evaluate_network(self.train_step.network, split)
@@ -353,9 +353,9 @@ class Trainer:
         return [*shown, f"{duration(left)} left for all epochs"]
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model has its EMA weights, if the recipe has an EMA."""
-        ema = self.train_step.ema
-        return contextlib.nullcontext() if ema is None else ema.swapped_in(self.train_step.network)
+        """Return a context in which the model has its averaged weights, if the recipe has an EMA or Lookahead."""
+        average = self.train_step.average
+        return contextlib.nullcontext() if average is None else average.swapped_in(self.train_step.network)
 
     # -- stopping and resuming ----------------------------------------------------------------------------------------
 
