@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from trainers import PRETRAINED, Trainers, only_run, outcome, write_recipe
+from trainers import PRETRAINED, outcome, write_recipe
 
 from toolkit.data.sampling import SamplingPlan
 from toolkit.errors import UserError
@@ -159,13 +159,3 @@ def test_a_run_whose_starting_weights_are_lost_is_not_resumed(tmp_path: Path) ->
     run.starting_weights.unlink()
     with pytest.raises(UserError, match="starting_weights"):
         fit(recipe, resume=run.path, quiet=True)
-
-
-@pytest.mark.long
-def test_two_processes_take_the_same_steps(tmp_path: Path) -> None:
-    one = fit(load_recipe(write_recipe(tmp_path / "1", FINETUNE)), quiet=True)
-    trainers = Trainers(2, tmp_path / "2", write_recipe(tmp_path / "2", FINETUNE))
-    assert trainers.wait() == [0, 0], trainers.text()
-    for found, expected in zip(only_run(tmp_path / "2").epoch_records(), one.epoch_records(), strict=True):
-        assert found["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-4)
-        assert found["val/loss"] == pytest.approx(expected["val/loss"], rel=1e-4)

@@ -297,6 +297,39 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['transfer.mode="gradual"', "transfer.unfreeze_at=[30]"],
     ),
     (
+        'error: transfer.mode: "lp_ft" needs probe_epochs',
+        ['transfer.mode="lp_ft"'],
+        ['transfer.mode="lp_ft"', "transfer.probe_epochs=5"],
+    ),
+    (
+        "error: transfer.probe_epochs: 30 epochs leave none",
+        ['transfer.mode="lp_ft"', "transfer.probe_epochs=30"],
+        ['transfer.mode="lp_ft"', "transfer.probe_epochs=29"],
+    ),
+    *(
+        (
+            f'error: transfer.{key}: only mode "lp_ft" uses it',
+            [f"transfer.{key}={value}"],
+            [f"transfer.{key}={value}", 'transfer.mode="lp_ft"', "transfer.probe_epochs=3"],
+        )
+        for key, value in (("probe_lr", "0.1"), ("probe_augment", "true"))
+    ),
+    (
+        'error: train.grad_accum_steps: "auto" is not possible',
+        ['transfer.mode="lp_ft"', "transfer.probe_epochs=5", 'train.grad_accum_steps="auto"'],
+        ['transfer.mode="lp_ft"', "transfer.probe_epochs=5", "train.grad_accum_steps=2"],
+    ),
+    (
+        "error: data.progressive_sizes: is not possible",
+        ['transfer.mode="lp_ft"', "transfer.probe_epochs=5", "data.image_size=64", "data.progressive_sizes=[32,64]"],
+        ["data.image_size=64", "data.progressive_sizes=[32,64]"],
+    ),
+    (
+        "error: scheduler.warmup_epochs: a warm-up of 5 epochs is not shorter than the run of 5",
+        ['transfer.mode="lp_ft"', "transfer.probe_epochs=25", "scheduler.warmup_epochs=5"],
+        ['transfer.mode="lp_ft"', "transfer.probe_epochs=24", "scheduler.warmup_epochs=5"],
+    ),
+    (
         "error: transfer.l2_sp: needs pretrained weights",
         ["transfer.l2_sp=0.1", *PLAIN],
         ["transfer.l2_sp=0.1"],

@@ -89,6 +89,7 @@ MODES: dict[str, tuple[TransferConfig, str]] = {
     "linear_probe": (TransferConfig(mode="linear_probe"), "H"),
     "logistic": (TransferConfig(mode="logistic"), "H"),
     "gradual": (TransferConfig(mode="gradual", unfreeze_at=[2, 4]), "H"),
+    "lp_ft": (TransferConfig(mode="lp_ft", probe_epochs=2), "H"),
 }
 
 
@@ -180,6 +181,30 @@ def test_gradual_unfreezing_unfreezes_one_layer_group_after_another(name: str) -
         assert set(transfer.trainable) == expected
         parameters = dict(built.module.named_parameters())
         assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(parameters[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lp_ft_trains_all_parameters_after_the_probe(name: str) -> None:
+    table, _ = MODES["lp_ft"]
+    built = fresh(name)
+    transfer = apply_transfer(built, table)
+    parameters = {key for key, _ in built.module.named_parameters()}
+    assert set(transfer.ever_trained) == parameters
+    assert [transfer.unfreeze_for_epoch(epoch) for epoch in (1, 2, 3, 4)] == [False, False, True, False]
+    assert set(transfer.trainable) == parameters
+    transfer.train_mode()
+    assert all(module.training for module in built.module.modules())
+
+
+def test_lp_ft_keeps_frozen_patterns_frozen_and_needs_something_to_fine_tune() -> None:
+    table = TransferConfig(mode="lp_ft", probe_epochs=1, freeze=["conv1.*"])
+    transfer = apply_transfer(fresh("resnet18"), table)
+    transfer.unfreeze_for_epoch(2)
+    assert {name for name, p in transfer.built.module.named_parameters() if not p.requires_grad} == {"conv1.weight"}
+    with pytest.raises(UserError, match="trains the same parameters after the probe as in it"):
+        apply_transfer(fresh("resnet18"), TransferConfig(mode="lp_ft", probe_epochs=1, freeze=["[!f]*"]))
+    with pytest.raises(UserError, match="needs probe_epochs"):
+        apply_transfer(fresh("resnet18"), TransferConfig(mode="lp_ft"))
 
 
 @pytest.mark.parametrize(

@@ -111,10 +111,12 @@ def bench(recipe: Recipe, *, steps: int = 20, repeats: int = 5, peak_tflops: flo
 
     Images come from the cache if training would read them from there (it is built first if necessary). Cached features
     are not used: every image passes through the whole model. Inputs have data.image_size, the last of progressive
-    sizes. Raises UserError if an epoch has no step.
+    sizes; of transfer.mode = "lp_ft", fine-tuning is measured. Raises UserError if an epoch has no step.
     """
     is_progressive = recipe.data.progressive_sizes is not None
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"progressive_sizes": None})})
+    if recipe.transfer.mode == "lp_ft":
+        recipe = recipe.model_copy(update={"transfer": recipe.transfer.model_copy(update={"mode": "finetune"})})
     accelerator = init_accelerator(recipe.train)
     display = Console(is_main=accelerator.is_main_process)
     setup = build_context(recipe, accelerator, display)

@@ -85,6 +85,11 @@ def find_lr(recipe: Recipe, *, steps: int = 100, min_lr: float = 1e-7, max_lr: f
     """
     if not 0 < min_lr < max_lr < math.inf:
         raise UserError(f"the learning rate must rise: {min_lr:g} to {max_lr:g} does not")
+    if recipe.transfer.mode == "lp_ft":
+        raise UserError(
+            'transfer.mode = "lp_ft" has two learning rates: add --set \'transfer.mode="linear_probe"\' for '
+            'transfer.probe_lr, or "finetune" for optimizer.lr'
+        )
     recipe = recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"progressive_sizes": None}),

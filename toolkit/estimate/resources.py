@@ -215,7 +215,7 @@ def _measure(
     def build() -> tuple[ModelBundle, Transfer]:
         built = build_model(recipe.model, classes, shape[1], shape[2:], load_weights=False)
         transfer = apply_transfer(built, recipe.transfer)
-        transfer.unfreeze_for_epoch(recipe.train.epochs)  # gradual: the final stage
+        transfer.unfreeze_for_epoch(recipe.train.epochs)  # gradual, lp_ft: the final stage
         transfer.train_mode()
         return built, transfer
 
@@ -233,6 +233,8 @@ def _measure(
 def _transfer_notes(recipe: Recipe, transfer: Transfer) -> list[str]:
     if recipe.transfer.mode == "gradual":
         return ["gradual unfreezing: parameters and memory are those with all layer groups unfrozen"]
+    if recipe.transfer.mode == "lp_ft":
+        return ["lp_ft: parameters, memory and time are those of fine-tuning; the probe before it needs less"]
     tail = tail_of(recipe, transfer)
     if tail is None:
         return []

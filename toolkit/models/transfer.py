@@ -29,7 +29,7 @@ class Transfer:
     built: ModelBundle
     table: TransferConfig
     frozen_by_pattern: frozenset[str]
-    """Parameter names matched by ``freeze`` and not by ``train``; gradual unfreezing skips them."""
+    """Parameter names matched by ``freeze`` and not by ``train``; they are not unfrozen during training either."""
 
     @property
     def stages(self) -> list[LayerGroup]:
@@ -44,13 +44,24 @@ class Transfer:
     @property
     def ever_trained(self) -> list[str]:
         """Names of the parameters that are trained in some epoch: ``trainable``, and those that are unfrozen later."""
-        due = len(self.table.unfreeze_at) if self.table.mode == "gradual" else 0
+        due = len(self._unfreeze_at)
         later = self.stages[:-1][len(self.stages) - 1 - due :]
         return [
             name
             for name, parameter in self.built.module.named_parameters()
             if parameter.requires_grad or (name not in self.frozen_by_pattern and any(s.holds(name) for s in later))
         ]
+
+    @property
+    def _unfreeze_at(self) -> list[int]:
+        """Epochs, from 1, at the start of which one more layer group begins to train, from the top."""
+        match self.table.mode:
+            case "gradual":
+                return self.table.unfreeze_at
+            case "lp_ft":
+                return [self.table.epochs_of_probe + 1] * (len(self.stages) - 1)
+            case _:
+                return []
 
     @property
     def pretrained(self) -> list[str]:
@@ -70,10 +81,10 @@ class Transfer:
     def unfreeze_for_epoch(self, epoch: int) -> bool:
         """Unfreeze the layer groups due at the start of ``epoch`` (from 1), last group first; return whether any are.
 
-        Only the mode ``gradual`` unfreezes. After a change, add :func:`param_groups` to the optimizer and wrap the
-        model in DDP again.
+        Only the modes ``gradual`` and ``lp_ft`` unfreeze. After a change, add :func:`param_groups` to the optimizer and
+        wrap the model in DDP again.
         """
-        due = sum(start <= epoch for start in self.table.unfreeze_at) if self.table.mode == "gradual" else 0
+        due = sum(start <= epoch for start in self._unfreeze_at)
         opened = self.stages[:-1][len(self.stages) - 1 - due :] if due else []
         changed = False
         for name, parameter in self.built.module.named_parameters():
@@ -123,7 +134,7 @@ def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
         raise UserError("transfer.mode = 'norm_tuning': the model has no normalization layers; use linear_probe")
     if table.mode == "bias" and not any(_is_bias(name) and not is_under(name, built.heads) for name in names):
         raise UserError("transfer.mode = 'bias': the model has no biases below its head; use linear_probe")
-    _check_unfreezing(built, table)
+    _check_unfreezing(transfer)
     _check_stem(built, transfer)
     transfer.train_mode()
     return transfer
@@ -139,7 +150,7 @@ def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> boo
             return is_classifier
         case "backbone_only":
             return not is_classifier or (is_head and table.new_layer == "train")
-        case "linear_probe" | "logistic" | "gradual":
+        case "linear_probe" | "logistic" | "gradual" | "lp_ft":
             return is_head
         case "bias":
             return is_head or _is_bias(name)
@@ -176,7 +187,15 @@ def _listed(built: ModelBundle) -> str:
     return ", ".join("/".join(stage.prefixes) for stage in built.stages)
 
 
-def _check_unfreezing(built: ModelBundle, table: TransferConfig) -> None:
+def _check_unfreezing(transfer: Transfer) -> None:
+    built, table = transfer.built, transfer.table
+    if table.mode == "lp_ft" and table.probe_epochs is None:
+        raise UserError("transfer.mode = 'lp_ft' needs probe_epochs: the number of epochs that train the head only")
+    if table.mode == "lp_ft" and transfer.ever_trained == transfer.trainable:
+        raise UserError(
+            f"transfer.mode = 'lp_ft' with freeze = {table.freeze} and train = {table.train} trains the same "
+            "parameters after the probe as in it"
+        )
     if table.mode != "gradual":
         return
     if not table.unfreeze_at:

@@ -48,6 +48,7 @@ def transfer(recipe: Recipe) -> Iterator[Issue]:
     if at and max(at) > recipe.train.epochs:
         text = f"epoch {max(at)} is beyond the run's {recipe.train.epochs} epochs"
         yield error("transfer.unfreeze_at", text, "train.epochs")
+    yield from _lp_ft(recipe)
     if table.layer_decay_by == "block" and table.layer_decay == 1:
         text = '"block" has no effect, because transfer.layer_decay is 1'
         yield warning("transfer.layer_decay_by", text, "transfer.layer_decay", hint="for example layer_decay = 0.75")
@@ -60,6 +61,29 @@ def transfer(recipe: Recipe) -> Iterator[Issue]:
     if table.new_layer == "freeze" and mode != "backbone_only":
         text = f'only mode "backbone_only" uses it, not "{mode}"'
         yield error("transfer.new_layer", text, "transfer.mode", at="key")
+
+
+def _lp_ft(recipe: Recipe) -> Iterator[Issue]:
+    """Check that mode "lp_ft" has a probe and epochs after it, and that other modes do not have keys of the probe."""
+    table, epochs, default = recipe.transfer, recipe.train.epochs, TransferConfig()
+    if table.mode != "lp_ft":
+        for key in ("probe_epochs", "probe_lr", "probe_augment"):
+            if getattr(table, key) != getattr(default, key):
+                text = f'only mode "lp_ft" uses it, not "{table.mode}"'
+                yield error(f"transfer.{key}", text, "transfer.mode", at="key")
+        return
+    if table.probe_epochs is None:
+        hint = "for example probe_epochs = 5"
+        yield error("transfer.mode", '"lp_ft" needs probe_epochs', "transfer.probe_epochs", hint=hint)
+    elif table.probe_epochs >= epochs:
+        text = f"{table.probe_epochs} epochs leave none of the run's {epochs} for fine-tuning"
+        yield error("transfer.probe_epochs", text, "train.epochs")
+    if recipe.train.grad_accum_steps == "auto":
+        text = '"auto" is not possible with transfer.mode = "lp_ft", whose two phases need different memory'
+        yield error("train.grad_accum_steps", text, "transfer.mode", hint="give a number")
+    if recipe.data.progressive_sizes:
+        text = 'is not possible with transfer.mode = "lp_ft", whose probe needs images of one size'
+        yield error("data.progressive_sizes", text, "transfer.mode", at="key")
 
 
 def logistic(recipe: Recipe) -> Iterator[Issue]:
@@ -235,7 +259,7 @@ def optimizer(recipe: Recipe) -> Iterator[Issue]:
 
 def scheduler(recipe: Recipe) -> Iterator[Issue]:
     """Check that the schedule fits the run; warn about keys that it does not use."""
-    table, epochs, default = recipe.scheduler, recipe.train.epochs, SchedulerConfig()
+    table, epochs, default = recipe.scheduler, recipe.scheduled_epochs, SchedulerConfig()
     if table.warmup_epochs >= epochs:
         text = f"a warm-up of {table.warmup_epochs:g} epochs is not shorter than the run of {epochs}"
         yield error("scheduler.warmup_epochs", text, "train.epochs")
@@ -261,7 +285,7 @@ def scheduler(recipe: Recipe) -> Iterator[Issue]:
 
 def early_stopping(recipe: Recipe) -> Iterator[Issue]:
     """Warn if early stopping cannot happen within the run, or has a min_delta but no patience."""
-    table, epochs = recipe.early_stopping, recipe.train.epochs
+    table, epochs = recipe.early_stopping, recipe.scheduled_epochs
     if table.patience is not None and table.patience >= epochs:
         text = f"{table.patience} epochs without improvement cannot occur in a run of {epochs}"
         yield warning("early_stopping.patience", text, "train.epochs")

@@ -26,7 +26,12 @@ def is_random(split: str, augment: AugmentConfig) -> bool:
     if split == "train" and (augment.auto_augment or augment.random_erasing or augment.alternating_flip):
         return True
     entries: Sequence[TransformConfig] = getattr(augment, split)
-    return any(entry.name not in FIXED or entry.apply_p < 1 for entry in entries)
+    return any(map(is_random_transform, entries))
+
+
+def is_random_transform(entry: TransformConfig) -> bool:
+    """Return whether a transform of a recipe may be random."""
+    return entry.name not in FIXED or entry.apply_p < 1
 
 
 UP_TO_CROP = frozenset({"before_resize", "before_crop", "crop", "resize_crop"})

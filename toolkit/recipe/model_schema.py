@@ -182,6 +182,7 @@ class TransferConfig(ConfigModel):
         "linear_probe",
         "logistic",
         "gradual",
+        "lp_ft",
         "norm_tuning",
         "bias",
     ] = Field(
@@ -191,10 +192,11 @@ class TransferConfig(ConfigModel):
         "frozen (see new_layer). linear_probe: only the new head is trained. logistic: the new "
         "head is a logistic regression, fitted by L-BFGS on the frozen backbone's features (Kornblith et al. 2019, "
         "arXiv:1805.08974; see C). gradual: like linear_probe, then layer "
-        "groups are unfrozen from the top (see unfreeze_at). norm_tuning: the new head and the scale and shift of all "
-        "normalization layers are trained (Frankle et al. 2021, arXiv:2003.00152). bias: the new head and all "
-        "biases are trained (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199). Default: finetune if model.weights is "
-        "pretrained, else scratch.",
+        "groups are unfrozen from the top (see unfreeze_at). lp_ft: like linear_probe for probe_epochs, then all "
+        "parameters are trained (Kumar et al. 2022, arXiv:2202.10054). norm_tuning: the new head and the scale and "
+        "shift of all normalization layers are trained (Frankle et al. 2021, arXiv:2003.00152). bias: the new head and "
+        "all biases are trained (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199). Default: finetune if model.weights "
+        "is pretrained, else scratch.",
     )
     C: list[Annotated[float, Field(gt=0, le=1e12)]] = Field(
         [0.001, 0.01, 0.1, 1.0, 10.0, 100.0],
@@ -216,6 +218,24 @@ class TransferConfig(ConfigModel):
         [],
         description="gradual: epochs at the start of which one more layer group is unfrozen, from the top.",
         json_schema_extra=EPOCHS,
+    )
+    probe_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="lp_ft: number of epochs, the first ones of train.epochs, in which only the new head is trained.",
+        json_schema_extra=EPOCHS,
+    )
+    probe_lr: float | None = Field(
+        None,
+        gt=0,
+        le=1e30,
+        description="lp_ft: constant learning rate of the probe; [scheduler] and optimizer.lr apply to the epochs "
+        "after it. Default: optimizer.lr.",
+    )
+    probe_augment: bool = Field(
+        False,
+        description="lp_ft: whether random transforms, mixup and CutMix of [augment] also apply in the probe. Without "
+        "them, the frozen backbone's features are computed once.",
     )
     backbone_lr: float = Field(
         1.0, gt=0, le=1e6, description="Learning rate of the pretrained backbone, as a multiple of optimizer.lr."
@@ -249,3 +269,8 @@ class TransferConfig(ConfigModel):
         description="Running statistics of frozen batch norm layers. fixed: as loaded. update: updated from the "
         "training data.",
     )
+
+    @property
+    def epochs_of_probe(self) -> int:
+        """Number of epochs of the probe with mode lp_ft; 0 with other modes."""
+        return self.probe_epochs or 0 if self.mode == "lp_ft" else 0

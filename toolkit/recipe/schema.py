@@ -217,6 +217,11 @@ MULTI_LABEL_OUTPUT = {
 class Recipe(ConfigModel):
     """A complete recipe."""
 
+    @property
+    def scheduled_epochs(self) -> int:
+        """Number of epochs that [scheduler] covers: all of the run, except those of lp_ft's probe."""
+        return max(self.train.epochs - self.transfer.epochs_of_probe, 1)
+
     @model_validator(mode="before")
     @classmethod
     def _pretrained_weights_are_finetuned(cls, content: Any) -> Any:

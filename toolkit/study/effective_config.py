@@ -38,7 +38,7 @@ from toolkit.plugins import PREFIX
 from toolkit.recipe.catalog import weights_names
 from toolkit.recipe.schema import DataConfig, OptimizerConfig, Recipe
 from toolkit.recipe.training_schema import LOSS_KEYS
-from toolkit.training.lr_schedule import gamma_of, learning_rate
+from toolkit.training.lr_schedule import gamma_of, scheduled_rate
 from toolkit.training.optimizer import build_optimizer
 
 STEPS = 8
@@ -180,7 +180,7 @@ def _network(recipe: Recipe) -> Hashable:
     if recipe.transfer.mode == "logistic":  # no optimizer is used
         return model, tuple(trained), in_eval_mode, tuple(recipe.transfer.C)
     unfrozen: list[dict[str, Any]] = []
-    if recipe.transfer.mode == "gradual":
+    if recipe.transfer.mode in ("gradual", "lp_ft"):
         built.module.requires_grad_(True)
         unfrozen = param_groups(built, recipe.transfer, recipe.optimizer)
     described = tuple((g["name"], len(g["params"]), g["lr"], g["lr_scale"], g["weight_decay"]) for g in groups)
@@ -263,8 +263,8 @@ def _around_steps(table: OptimizerConfig) -> Hashable:
 
 def _schedule(recipe: Recipe) -> Hashable:
     """Return the learning rate at every quarter of an epoch, and the settings of plateau decay and early stopping."""
-    table, epochs, stopping = recipe.scheduler, recipe.train.epochs, recipe.early_stopping
-    curve = tuple(learning_rate(table, recipe.optimizer.lr, step / 4, epochs) for step in range(4 * epochs))
+    table, epochs, stopping = recipe.scheduler, recipe.scheduled_epochs, recipe.early_stopping
+    curve = tuple(scheduled_rate(recipe, step / 4) for step in range(4 * recipe.train.epochs))
     plateau, end = None, None
     if table.name == "plateau" and gamma_of(table) < 1 and table.patience < epochs:
         plateau = table.metric, gamma_of(table), table.patience, table.threshold, table.threshold_mode, table.min_lr
@@ -293,7 +293,8 @@ PARTS = {
         lambda r: [r.data.model_dump(include=SHAPE), r.model, r.transfer, r.optimizer, r.train.epochs], _network
     ),
     "schedule": Component(
-        lambda r: [r.scheduler, r.optimizer.lr, r.early_stopping, r.train.epochs, r.train.best_metric], _schedule
+        lambda r: [r.scheduler, r.optimizer.lr, r.early_stopping, r.transfer, r.train.epochs, r.train.best_metric],
+        _schedule,
     ),
     "loop": Component(lambda r: [_loop_values(r), r.train.loss_args], lambda r: _text(_loop_values(r))),
 }

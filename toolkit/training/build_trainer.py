@@ -58,6 +58,7 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
         steps_per_epoch=setup.steps,
         log_every=recipe.train.log_every,
         example_weights=_tensor(setup, example_weights(setup)),
+        first_epoch=probe if (probe := recipe.transfer.epochs_of_probe) < epochs_begun else 0,
         has_unkeyed_randomness=bool(setup.built.unkeyed),
         sam_radius=recipe.optimizer.sam,
         sam_adaptive=recipe.optimizer.sam_adaptive,
@@ -86,7 +87,7 @@ def _loss(setup: TrainingContext) -> Loss:
     loss = plugin_loss(recipe.train, recipe.augment.label_smoothing, weights, classes, device)
     is_multi_label, mixed = setup.dataset.is_multi_label, is_mixed(recipe.augment)
     fault = check_loss(loss, name, classes, device, multi_label=is_multi_label, mixed=mixed)
-    if fault is not None:
+    if fault is not None and fault not in setup.not_exact:
         setup.not_exact.append(fault)
         setup.display.log(f"warning: {fault}")
     return loss

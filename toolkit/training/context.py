@@ -36,7 +36,7 @@ from toolkit.models.transfer import Transfer, apply_transfer, layer_group_table
 from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.training.console import Console, table
 from toolkit.training.ema import short_run_warning
-from toolkit.training.lr_schedule import check_schedule
+from toolkit.training.lr_schedule import check_schedule, scheduled_rate
 from toolkit.training.model_checks import batch_dependence, check_gradients
 from toolkit.training.single_value_batches import check_single_value_batches
 from toolkit.training.task import Task, build_task, check_label_splits, check_labels
@@ -128,7 +128,7 @@ def build_context(
     ``choose_splits``: called with the data set and the splits that the recipe defines; returns the splits to use.
     """
     train, world = recipe.train, accelerator.num_processes
-    check_schedule(recipe.scheduler, train.epochs)
+    check_schedule(recipe.scheduler, recipe.scheduled_epochs)
     data, dataset, splits, bad_images = _open_images(recipe, accelerator, display)
     drawn = split_hash(dataset, splits)
     if choose_splits is not None:
@@ -178,9 +178,9 @@ def build_context(
         drawn,
         train.min_accum_steps,
     )
-    if warning := short_run_warning(train, setup.steps * train.epochs):
+    if warning := short_run_warning(train, setup.steps * recipe.scheduled_epochs):
         display.log(warning)
-    every, steps = recipe.optimizer.lookahead, setup.steps * train.epochs
+    every, steps = recipe.optimizer.lookahead, setup.steps * recipe.scheduled_epochs
     if every is not None and every > steps:
         raise UserError(
             f"optimizer.lookahead = {every}, but the run has only {plural(steps, 'step')}: the slow weights, which are "
@@ -314,6 +314,15 @@ def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
         f"images {counts}; {plural(len(setup.dataset.classes), 'class', 'classes')}; input {inputs}",
         f"batch size {batch_split(train.batch_size, setup.accelerator.num_processes, setup.accum_steps)}; "
         f"{plural(setup.steps, 'step')} per epoch, {plural(train.epochs, 'epoch')}",
+        *([] if recipe.transfer.mode != "lp_ft" else [_describe_phases(recipe)]),
         f"device {setup.accelerator.device}, precision {precision}",
     ]
     return "\n".join(lines)
+
+
+def _describe_phases(recipe: Recipe) -> str:
+    probe, lr = recipe.transfer.epochs_of_probe, scheduled_rate(recipe, 0)
+    return (
+        f"linear probe for {plural(probe, 'epoch')} with learning rate {lr:.3g}, then fine-tuning for "
+        f"{plural(recipe.train.epochs - probe, 'epoch')}; the table above is of the probe"
+    )

@@ -127,7 +127,7 @@ def fit(
                 out_of_memory_explained(recipe.train, accelerator.num_processes),
             ):
                 training = _training(setup, run, tracking, stop, resumption, callbacks)
-                stack.callback(training.loaders.close)
+                stack.callback(lambda: training.loaders.close())  # those of the last phase
                 if recipe.train.grad_accum_steps == "auto" and accelerator.is_main_process:
                     run.write_json("environment.json", run.environment | {"grad_accum_steps": setup.accum_steps})
                 training.startup_seconds = _log_startup(display, called, called if began is None else began)

@@ -19,7 +19,7 @@ import numpy as np
 from toolkit.errors import UserError, first_line
 from toolkit.metrics import higher_is_better
 from toolkit.plugins import PREFIX, Plugin, find
-from toolkit.recipe.schema import SchedulerConfig
+from toolkit.recipe.schema import Recipe, SchedulerConfig
 from toolkit.recipe.training_schema import SCHEDULE_KEYS
 
 
@@ -46,6 +46,17 @@ def learning_rate(
         floor = min(table.min_lr, peak)
         return _warmup(table, epoch) * (floor + (peak - floor) * _base(table, epoch, epochs))
     return peak * lr_factor(table, epoch, epochs)
+
+
+def scheduled_rate(recipe: Recipe, epoch: float, scale: float = 1.0, plateau_factor: float = 1.0) -> float:
+    """Return the learning rate at an epoch of a run, of a parameter group whose peak is ``scale`` x optimizer.lr.
+
+    With transfer.mode = "lp_ft", it is constant in the probe, after which the schedule begins.
+    """
+    table, peak, probe = recipe.transfer, recipe.optimizer.lr, recipe.transfer.epochs_of_probe
+    if epoch < probe:
+        return scale * (peak if table.probe_lr is None else table.probe_lr)
+    return learning_rate(recipe.scheduler, scale * peak, epoch - probe, recipe.scheduled_epochs, plateau_factor)
 
 
 def _warmup(table: SchedulerConfig, epoch: float) -> float:

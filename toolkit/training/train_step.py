@@ -149,6 +149,8 @@ class TrainStepConfig:
     log_every: int
     example_weights: Tensor | None = None
     """Weight of the loss of each training image, float32 [N]; None: all 1."""
+    first_epoch: int = 0
+    """Epoch, from 0, at which the updates of the EMA are counted from: that of fine-tuning with mode "lp_ft"."""
     has_unkeyed_randomness: bool = False
     """Whether the model draws random numbers outside its dropout layers."""
     sam_radius: float | None = None
@@ -209,7 +211,7 @@ class TrainStep:
                 with at_worst_neighbor(self.network, settings.sam_radius, adaptive=settings.sam_adaptive):
                     step_losses += [self._forward_backward(*part, epoch)[0].sum() for part in parts]
             done = micro.step + 1
-            self._update(epoch * settings.steps_per_epoch + done)
+            self._update((epoch - settings.first_epoch) * settings.steps_per_epoch + done)
             self.finite.add(done, torch.stack(step_losses).sum())
             if settings.log_every and done % settings.log_every == 0:
                 hooks.log_step(done, *sums.metrics_since_log(self.accelerator))
@@ -256,7 +258,7 @@ class TrainStep:
         return losses.detach(), right
 
     def _update(self, number: int) -> None:
-        """Take optimizer step ``number`` of the run, counted from 1."""
+        """Take optimizer step ``number``, counted from 1 at the start of ``first_epoch``."""
         if self.l2_sp is not None:  # the gradients are still multiplied by the scale of fp16
             scaler = self.accelerator.scaler
             self.l2_sp.add_gradients(1.0 if scaler is None else scaler.get_scale())

@@ -35,7 +35,8 @@ from toolkit.training.evaluation import evaluate
 from toolkit.training.l2_sp import build_l2_sp
 from toolkit.training.loaders import CachePolicy, DataLoaders, build_loaders
 from toolkit.training.logistic_head import train_logistic_head
-from toolkit.training.lr_schedule import MetricMonitor, ReduceLROnPlateau, epoch_rank, learning_rate
+from toolkit.training.lp_ft import setup_of_phase
+from toolkit.training.lr_schedule import MetricMonitor, ReduceLROnPlateau, epoch_rank, scheduled_rate
 from toolkit.training.resume import choose_best_again
 from toolkit.training.run_writer import RunWriter
 from toolkit.training.state import (
@@ -47,7 +48,7 @@ from toolkit.training.state import (
     state_tensors,
 )
 from toolkit.training.task import EvalResult, Task
-from toolkit.training.train_step import RunningMetrics, TrainCallbacks
+from toolkit.training.train_step import RunningMetrics, TrainCallbacks, TrainStep
 
 EpochCallback = Callable[[Run, dict[str, Any]], object]
 """Called on the main process at the end of each epoch, with the run and the epoch's line of metrics.jsonl.
@@ -91,8 +92,10 @@ class Trainer:
         place_model(setup)
         if checkpoint is not None:
             restore_model(self, checkpoint)
-        self.loaders: DataLoaders = build_loaders(setup, self.consensus.stop_aware, cache_policy)
-        self.train_step = build_train_step(setup, self.loaders, self.progress.epochs_begun)
+        self.cache_policy: CachePolicy = cache_policy
+        self.loaders: DataLoaders
+        self.train_step: TrainStep
+        self._build_phase(self.progress.epochs_begun)
         self.train_step.l2_sp = build_l2_sp(setup, None if checkpoint is None else run)
         if self.recipe.train.grad_accum_steps == "auto":
             settle_accum_steps(self, checkpoint)
@@ -102,6 +105,28 @@ class Trainer:
                 choose_best_again(self)
             self.display.log(f"resuming after epoch {self.progress.epoch}, step {self.progress.step}")
         self.writer.begin(self.progress.metrics_bytes, self.display.log)
+
+    def _build_phase(self, epochs_begun: int) -> None:
+        """Build loaders, optimizer and wrapped model for a run that has begun ``epochs_begun`` epochs (a collective).
+
+        Training has one phase, or with transfer.mode = "lp_ft" two.
+        """
+        setup = setup_of_phase(self.setup, epochs_begun)
+        if setup.recipe.transfer.mode == "lp_ft":
+            setup.transfer.unfreeze_for_epoch(epochs_begun)
+        self.loaders = build_loaders(setup, self.consensus.stop_aware, self.cache_policy)
+        self.train_step = build_train_step(setup, self.loaders, epochs_begun)
+
+    def begin_fine_tuning(self) -> None:
+        """Begin the second phase of transfer.mode = "lp_ft" (a collective). Raises StopTraining on request."""
+        self.loaders.close()
+        step = self.train_step
+        self.accelerator.unwrap_model(step.wrapped, keep_fp32_wrapper=False)
+        step.wrapped = step.network  # the last reference to DDP's hooks, which must not remain on the head
+        self.accelerator.free_memory()
+        self._build_phase(self.recipe.transfer.epochs_of_probe + 1)
+        self.train_step.l2_sp = step.l2_sp
+        self.first_image = None
 
     # -- epochs -------------------------------------------------------------------------------------------------------
 
@@ -118,7 +143,7 @@ class Trainer:
         return progress.epoch >= epochs or progress.stopped_early
 
     def _epoch(self, epoch: int) -> None:
-        if unfreeze(self.setup, self.train_step, epoch):
+        if self._unfreeze(epoch):
             count = len(self.setup.transfer.trainable)
             self.display.log(f"epoch {epoch + 1}: {count} parameter tensors are trained from now on")
         self.setup.transfer.train_mode()
@@ -156,21 +181,35 @@ class Trainer:
             self._interrupt(sums)
         self._close_epoch(epoch, record, speed)
 
+    def _unfreeze(self, epoch: int) -> bool:
+        """Train more parameters from this epoch on, if the transfer mode says so; return whether it does."""
+        if self.recipe.transfer.mode != "lp_ft":
+            return unfreeze(self.setup, self.train_step, epoch)
+        if not self.setup.transfer.unfreeze_for_epoch(epoch + 1):
+            return False
+        try:
+            self.begin_fine_tuning()
+        except StopTraining:
+            self.consensus.wait()
+            raise Interrupted(self._stopped_message()) from None
+        return True
+
     def _close_epoch(self, epoch: int, record: dict[str, Any], speed: float) -> None:
         """Update the best epoch, early stopping and schedule; write the epoch's metrics and a checkpoint."""
         progress, recipe = self.progress, self.recipe
         if not math.isfinite(record.get("val/loss", 0.0)):
             reason = f"the validation loss is {record['val/loss']} at epoch {epoch + 1}"
             raise self._not_finite(reason, (epoch, self.setup.steps))
-        if recipe.early_stopping.metric in record:
+        is_probe = epoch < recipe.transfer.epochs_of_probe
+        if recipe.early_stopping.metric in record and not is_probe:
             self.patience.update(record[recipe.early_stopping.metric])
         limit = recipe.early_stopping.patience
-        has_converged = limit is not None and self.patience.waited >= limit
+        has_converged = limit is not None and self.patience.waited >= limit and not is_probe
         progress.stopped_early = self._end_of_callbacks(record) or has_converged
         is_best = self._is_best(record)
         if is_best:
             progress.best = record
-        if recipe.scheduler.name == "plateau":
+        if recipe.scheduler.name == "plateau" and not is_probe:
             self.plateau.update(record[recipe.scheduler.metric])
         progress.epoch, progress.step, progress.sums, progress.last = epoch + 1, 0, [], record
         if is_best:
@@ -236,11 +275,18 @@ class Trainer:
             )
 
     def dry_run_step(self) -> float:
-        """Run one batch forward and backward, and return its loss."""
+        """Run one batch forward and backward, with transfer.mode = "lp_ft" in each phase, and return the last loss."""
+        loss = self._dry_run_epoch(0)
+        if probe := self.recipe.transfer.epochs_of_probe:
+            self.begin_fine_tuning()
+            loss = self._dry_run_epoch(probe)
+        return loss
+
+    def _dry_run_epoch(self, epoch: int) -> float:
         self.setup.transfer.train_mode()
         sums = RunningMetrics.zero(self.accelerator.device)
         hooks = TrainCallbacks(self._set_lr, lambda step, sums: True, lambda *_: None)
-        self.train_step.train_epoch(self.loaders.train, 0, 0, sums, hooks)
+        self.train_step.train_epoch(self.loaders.train, epoch, 0, sums, hooks)
         return sums.means(self.accelerator)[0]
 
     def close(self) -> None:
@@ -251,8 +297,7 @@ class Trainer:
     # -- within an epoch ----------------------------------------------------------------------------------------------
 
     def _learning_rate(self, epoch: float, scale: float = 1.0) -> float:
-        table, peak = self.recipe.scheduler, self.recipe.optimizer.lr * scale
-        return learning_rate(table, peak, epoch, self.recipe.train.epochs, self.plateau.factor)
+        return scheduled_rate(self.recipe, epoch, scale, self.plateau.factor)
 
     def _set_lr(self, epoch: float) -> None:
         for group in self.train_step.optimizer.param_groups:
@@ -341,6 +386,8 @@ class Trainer:
         """Return this process's mean loss in the epoch so far, the best epoch's metric, and the time left for all."""
         loss, _, count = sums.values.tolist()
         images, train = len(self.setup.splits["train"]), self.recipe.train
+        probe = self.recipe.transfer.epochs_of_probe
+        epochs, what = (probe, "the probe") if epoch < probe else (train.epochs, "all epochs")
         done = epoch * images + min(step * train.batch_size, images)
         if self.first_image is None:
             self.first_image = (time.perf_counter(), done)
@@ -349,8 +396,8 @@ class Trainer:
             shown.append(f"best {self.progress.best[train.best_metric]:.4f}")
         if done == before:
             return shown
-        left = (train.epochs * images - done) * (time.perf_counter() - began) / (done - before)
-        return [*shown, f"{duration(left)} left for all epochs"]
+        left = (epochs * images - done) * (time.perf_counter() - began) / (done - before)
+        return [*shown, f"{duration(left)} left for {what}"]
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the model has its averaged weights, if the recipe has an EMA or Lookahead."""

@@ -1,0 +1,145 @@
+"""transfer.mode = "lp_ft": each phase is what it would be as a run of its own, however the run is interrupted."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from trainers import PRETRAINED, Trainers, only_run, outcome, write_recipe
+
+from toolkit.errors import UserError
+from toolkit.lr_finder import find_lr
+from toolkit.recipe import Recipe, load_recipe
+from toolkit.recipe.schema import AugmentConfig, TransformConfig
+from toolkit.runs import Run
+from toolkit.training.checkpoint import checkpoint_step
+from toolkit.training.fit import dry_run, fit
+from toolkit.training.lp_ft import without_randomness
+from toolkit.training.trained_model import load_model
+
+BEFORE_TRANSFER = f"""{PRETRAINED}
+[augment]
+train = [{{{{ name = "RandomAffine", degrees = 20 }}}}]
+
+[scheduler]
+name = "cosine"
+warmup_epochs = 1.0
+"""
+LP_FT = f"""{BEFORE_TRANSFER}
+[transfer]
+mode = "lp_ft"
+probe_epochs = 2
+probe_lr = 0.2
+l2_sp = 0.1
+"""
+"""Two epochs of the probe, then three of fine-tuning."""
+
+
+def lp_ft(folder: Path, *settings: str) -> Recipe:
+    return load_recipe(write_recipe(folder, LP_FT), settings)
+
+
+def use_cache(folder: Path, rank: int) -> None:
+    os.environ["TOOLKIT_CACHE"] = str(folder)
+
+
+def test_random_transforms_are_left_out_of_the_probe() -> None:
+    fixed, random = TransformConfig(name="Grayscale"), TransformConfig(name="RandomHorizontalFlip")
+    augment = AugmentConfig(
+        train=[random, fixed], test=[fixed], auto_augment="rand-m9", random_erasing=0.1, mixup=0.2, cutmix=0.2,
+        label_smoothing=0.1,
+    )  # fmt: skip
+    assert without_randomness(augment) == AugmentConfig(train=[fixed], test=[fixed], label_smoothing=0.1)
+
+
+pytestmark = pytest.mark.long
+
+
+def test_the_probe_is_that_of_a_linear_probe(tmp_path: Path) -> None:
+    run = fit(lp_ft(tmp_path), quiet=True)
+    text = f'{PRETRAINED}\n[transfer]\nmode = "linear_probe"\n'
+    alone = fit(load_recipe(write_recipe(tmp_path, text), ["train.epochs=2", "optimizer.lr=0.2"]), quiet=True)
+    assert run.epoch_records()[:2] == alone.epoch_records()
+    assert alone.summary["cached"]
+    log = run.log_file.read_text()
+    assert "cached: inputs of head computed once" in log
+    assert log.index("cached: inputs") < log.index("epoch 3: 7 parameter tensors are trained from now on")
+
+
+def test_fine_tuning_is_that_of_a_run_that_starts_from_the_probe(tmp_path: Path) -> None:
+    """With one batch per epoch, so that the order of images, which depends on the epoch, has no effect."""
+    settings = ("train.batch_size=110", "augment.train=[]", "checkpoint.keep=100", "train.ema=0.9")
+    run = fit(lp_ft(tmp_path, *settings, "transfer.l2_sp=0"), quiet=True)
+    (probed,) = (path for path in run.checkpoints.glob("0002-000000-*.pt"))
+    model = load_model(run.checkpoints).module
+    model.load_state_dict(torch.load(probed)["model"])
+    settings = (*settings, 'model.weights="none"', "data.channels=3", "train.epochs=3")
+    recipe = load_recipe(write_recipe(tmp_path, BEFORE_TRANSFER), settings)
+    alone = fit(recipe, model=model, quiet=True)
+    for found, expected in zip(run.epoch_records()[2:], alone.epoch_records(), strict=True):
+        for key in ("lr", "train/loss", "val/loss"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-4), (key, found["epoch"])
+
+
+def test_learning_rates_and_early_stopping_begin_with_fine_tuning(tmp_path: Path) -> None:
+    settings = ("train.epochs=6", "transfer.probe_epochs=3", "transfer.probe_lr=1e-9", "early_stopping.patience=1")
+    run = fit(lp_ft(tmp_path, *settings), quiet=True)
+    rates = [record["lr"] for record in run.epoch_records()]
+    assert rates[:3] == [1e-9] * 3
+    assert rates[4:] == pytest.approx([0.05, 0.025][: len(rates) - 4]), "cosine over two epochs, after the warm-up"
+    assert len(rates) > 3, "the loss does not improve in the probe, which does not stop the run"
+
+
+def killed_at(run: Run, position: tuple[int, int], copy: Path) -> Run:
+    """Return a copy of a finished run as it was when a checkpoint had been written."""
+    shutil.copytree(run.path, copy)
+    (copy / "summary.json").unlink()
+    for path in (copy / "checkpoints").iterdir():
+        step = checkpoint_step(path)
+        if step is not None and step > position:
+            path.unlink()
+    return Run(copy)
+
+
+def test_a_run_killed_at_any_checkpoint_of_both_phases_gives_the_same_bytes(tmp_path: Path) -> None:
+    recipe = lp_ft(tmp_path, "checkpoint.keep=100", "train.ema=0.9")
+    plain = fit(recipe, quiet=True)
+    (tmp_path / "weights.safetensors").unlink()
+    positions = [(1, 0), (1, 3), (2, 0), (2, 3), (4, 3)]
+    stored = {checkpoint_step(path) for path in plain.checkpoints.glob("*.json")}
+    assert stored >= set(positions)
+    for position in positions:
+        run = killed_at(plain, position, plain.path.with_name("-".join(map(str, position))))
+        assert outcome(fit(recipe, resume=run.path, quiet=True)) == outcome(plain), position
+        assert f"resuming after epoch {position[0]}, step {position[1]}" in run.log_file.read_text()
+
+
+def test_two_processes_take_the_same_steps(tmp_path: Path) -> None:
+    one = fit(lp_ft(tmp_path / "1"), quiet=True)
+    prepare = functools.partial(use_cache, tmp_path / "cache")
+    trainers = Trainers(2, tmp_path / "2", write_recipe(tmp_path / "2", LP_FT), prepare=prepare)
+    assert trainers.wait() == [0, 0], trainers.text()
+    for found, expected in zip(only_run(tmp_path / "2").epoch_records(), one.epoch_records(), strict=True):
+        for key in ("train/loss", "val/loss"):
+            assert found[key] == pytest.approx(expected[key], rel=2e-3), (key, found["epoch"])
+
+
+@pytest.mark.parametrize("setting", ['data.cache="off"', "transfer.probe_augment=true"])
+def test_features_are_cached_only_without_augmentation_and_change_nothing(tmp_path: Path, setting: str) -> None:
+    cached = fit(lp_ft(tmp_path), quiet=True).epoch_records()
+    other = fit(lp_ft(tmp_path, setting), quiet=True)
+    assert "cached: inputs of head" not in other.log_file.read_text()
+    losses = [[record["train/loss"] for record in records] for records in (other.epoch_records(), cached)]
+    is_same = losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert is_same == (setting == 'data.cache="off"')
+
+
+def test_a_dry_run_tries_both_phases_and_the_learning_rate_finder_asks_for_one(tmp_path: Path) -> None:
+    recipe = lp_ft(tmp_path)
+    dry_run(recipe)
+    with pytest.raises(UserError, match="two learning rates"):
+        find_lr(recipe)
