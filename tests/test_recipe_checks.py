@@ -80,6 +80,16 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ["transfer.C=[1.0]"],
         [],
     ),
+    (
+        'error: transfer.refit: only mode "logistic" uses it, not "finetune"',
+        ["transfer.refit=true"],
+        [*LOGISTIC, "transfer.refit=true"],
+    ),
+    (
+        "warning: transfer.refit: has no effect without validation images",
+        [*LOGISTIC, "data.split.validation=0", 'train.best_metric="last"', "transfer.C=[1.0]", "transfer.refit=true"],
+        [*LOGISTIC, "transfer.refit=true"],
+    ),
     ("error: model.name: torchvision has no model", ['model.name="resnet19"'], ['model.name="resnet34"']),
     ("error: model.name: torchvision has no model", ['model.name="hf-hub:evil/model"'], []),
     ("error: model.name: source", [*CONVNET, 'model.name="x"'], CONVNET),

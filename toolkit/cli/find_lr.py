@@ -40,6 +40,8 @@ def find_lr(
     loaded = load_recipe(recipe, set_)
     if loaded.recipe.study is not None:
         raise UserError(f"{recipe} is a study of many runs: specify the recipe that it extends")
+    if (transfer := loaded.recipe.transfer).is_fitted:
+        raise UserError(f'transfer.mode = "{transfer.mode}" has no learning rate: the layer is fitted once')
     from toolkit import lr_finder
 
     result, is_main = lr_finder.find_lr(loaded.recipe, steps=steps, min_lr=min_lr, max_lr=max_lr)

@@ -71,6 +71,9 @@ class Transfer:
     def train_mode(self) -> None:
         """Set trainable modules to training mode and frozen ones to evaluation mode. Call before each training pass."""
         module = self.built.module
+        if self.table.is_fitted:  # on features in evaluation mode; nothing is trained by steps
+            module.eval()
+            return
         module.train()
         _set_frozen_eval(module)
         if self.table.frozen_batch_norm == "update":

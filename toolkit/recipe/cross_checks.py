@@ -93,6 +93,9 @@ def logistic(recipe: Recipe) -> Iterator[Issue]:
         if table.C != TransferConfig().C:
             text = f'only mode "logistic" uses it, not "{table.mode}"'
             yield error("transfer.C", text, "transfer.mode", at="key")
+        if table.refit:
+            text = f'only mode "logistic" uses it, not "{table.mode}"'
+            yield error("transfer.refit", text, "transfer.mode", at="key")
         return
     head = recipe.model.head
     impossible = {
@@ -122,6 +125,9 @@ def logistic(recipe: Recipe) -> Iterator[Issue]:
     if len(table.C) > 1 and recipe.data.split.validation == 0:
         text = "several values need validation images to choose from, but data.split.validation is 0"
         yield error("transfer.C", text, "data.split.validation", hint="give one value, such as C = [1.0]")
+    if table.refit and recipe.data.split.validation == 0:
+        text = "has no effect without validation images: data.split.validation is 0"
+        yield warning("transfer.refit", text, "data.split.validation", at="key")
 
 
 def model(recipe: Recipe) -> Iterator[Issue]:

@@ -204,6 +204,11 @@ class TransferConfig(ConfigModel):
         description="logistic: inverses of the regularization strength, as in scikit-learn's LogisticRegression; the "
         "one with the highest validation accuracy is kept.",
     )
+    refit: bool = Field(
+        False,
+        description="logistic: once C is chosen, fit again on the training and the validation images, as Kornblith et "
+        "al. 2019 do. The validation metrics are those before.",
+    )
     freeze: list[str] = Field(
         [], description="Also freeze parameters whose names match one of these patterns (features.0.*)."
     )
@@ -274,3 +279,8 @@ class TransferConfig(ConfigModel):
     def epochs_of_probe(self) -> int:
         """Number of epochs of the probe with mode lp_ft; 0 with other modes."""
         return self.probe_epochs or 0 if self.mode == "lp_ft" else 0
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the last layer is fitted to features once, instead of trained by the optimizer."""
+        return self.mode == "logistic"

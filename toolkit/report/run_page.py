@@ -62,10 +62,11 @@ def write_run_page(path: Path, data: RunData, svg: Mapping[str, str], files: Seq
     by_class = _by_class(found, data.counts) if found else None
     if several:
         by_class = label_table(several, data.counts, data.thresholds)
+    charts = _charts(data)
     return write_page(
         path,
         "run.html",
-        {"charts": _charts(data), "cells": {"confusion": cells} if cells else {}},
+        {"charts": charts, "cells": {"confusion": cells} if cells else {}},
         title=data.name,
         subtitles=_subtitles(data),
         missing=data.missing,
@@ -74,7 +75,7 @@ def write_run_page(path: Path, data: RunData, svg: Mapping[str, str], files: Seq
         models=models_table(data),
         expectations=check_expectations(data.recipe, data.summary) if data.recipe and data.summary else [],
         evaluations=_evaluations(data),
-        charts=[(id_, "Metrics" if id_ == "accuracy" and several else caption) for id_, caption in CHARTS],
+        charts=[(id_, "Metrics" if id_ == "accuracy" and several else CHARTS[id_]) for id_ in charts],
         by_class=by_class,
         by_value=tables_by_value(found or several),
         confusions=_confusions(found) if found else error_table(several) if several else None,
@@ -214,8 +215,8 @@ def _evaluation_notes(data: RunData, found: Evaluation) -> Iterator[str]:
 
 # -- curves -----------------------------------------------------------------------------------------------------------
 
-CHARTS = [("loss", "Loss"), ("accuracy", "Accuracy"), ("lr", "Learning rate")]
-"""Ids and captions of the charts."""
+CHARTS = {"loss": "Loss", "accuracy": "Accuracy", "lr": "Learning rate"}
+"""Captions of the charts by id."""
 
 MULTI_LABEL_CURVES = {
     "val/map": ("validation, mAP", "var(--vermilion)", ""),
@@ -256,12 +257,14 @@ def _charts(data: RunData) -> dict[str, Any]:
         accuracies = [each for i, (key, style) in curves for each in series(key, *style, shown=i < 2)]
     xs, ys = learning_rates(data)
     rates = {"name": "learning rate", "x": xs, "y": ys, "color": "var(--blue)"}
-    return {
+    charts: dict[str, Any] = {
         "loss": {**by_epoch, "yLabel": f"{kind}cross-entropy (nats)", "series": losses, "canLog": True},
         "accuracy": {**by_epoch, "yLabel": "%" if data.is_multi_label else "accuracy (%)", "series": accuracies},
-        "lr": {"xLabel": "completed epochs", "yLabel": "learning rate", "series": [rates], "canLog": True,
-               "log": data.decays_by_factors, "fromZero": True},
-    }  # fmt: skip
+    }
+    if xs:  # a layer that is fitted has no learning rate
+        charts["lr"] = {"xLabel": "completed epochs", "yLabel": "learning rate", "series": [rates], "canLog": True,
+                        "log": data.decays_by_factors, "fromZero": True}  # fmt: skip
+    return charts
 
 
 # -- test images ------------------------------------------------------------------------------------------------------

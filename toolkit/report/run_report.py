@@ -18,7 +18,7 @@ from toolkit.report.conv_filters import choose, effect_figure, filters_figure
 from toolkit.report.data_plots import class_histogram, contact_sheet, to_images
 from toolkit.report.kept_columns import values_of
 from toolkit.report.label_predictions import precision_recall_figure
-from toolkit.report.learning_curves import learning_curves, learning_rate_curve
+from toolkit.report.learning_curves import learning_curves, learning_rate_curve, learning_rates
 from toolkit.report.plot_style import PRINT, page_svg, plot_style, save
 from toolkit.report.prediction_metrics import Counts
 from toolkit.report.run_data import (
@@ -127,7 +127,7 @@ def _figures(data: RunData) -> dict[str, Callable[[], Figure]]:
         "loss": lambda: learning_curves(data, "loss"),
         **({"map": lambda: learning_curves(data, "map")} if data.is_multi_label else {}),
         "accuracy": lambda: learning_curves(data, "accuracy"),
-        "learning-rate": lambda: learning_rate_curve(data),
+        **({"learning-rate": lambda: learning_rate_curve(data)} if learning_rates(data)[0] else {}),
     }
     if (found := data.predictions) is not None and (measured := data.calibration) is not None:
         if len(found.classes) <= MAX_MATRIX:

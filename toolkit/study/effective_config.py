@@ -178,7 +178,7 @@ def _network(recipe: Recipe) -> Hashable:
     in_eval_mode = tuple(name for name, module in built.module.named_modules() if not module.training)
 
     if recipe.transfer.mode == "logistic":  # no optimizer is used
-        return model, tuple(trained), in_eval_mode, tuple(recipe.transfer.C)
+        return model, tuple(trained), in_eval_mode, tuple(recipe.transfer.C), recipe.transfer.refit
     unfrozen: list[dict[str, Any]] = []
     if recipe.transfer.mode in ("gradual", "lp_ft"):
         built.module.requires_grad_(True)

@@ -155,8 +155,9 @@ def epoch_line(record: dict[str, Any], epochs: int, *, best: bool, images_per_s:
         best_known = headline(record, "val/")
         name = metric_of(best_known).measure.label
         validation = f"  val loss {record['val/loss']:.4f} {name} {record[best_known]:.4f}"
+    lr = f"  lr {record['lr']:.3g}" if "lr" in record else ""  # not with a layer that is fitted
     return (
-        f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  lr {record['lr']:.3g}"
+        f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}{lr}"
         f"  train loss {record['train/loss']:.4f} accuracy {record['train/accuracy']:.4f}"
         f"{validation}  {images_per_s:,.0f} images/s" + ("  BEST" if best else "")
     )

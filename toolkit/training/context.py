@@ -37,7 +37,7 @@ from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.training.console import Console, table
 from toolkit.training.ema import short_run_warning
 from toolkit.training.lr_schedule import check_schedule, scheduled_rate
-from toolkit.training.model_checks import batch_dependence, check_gradients
+from toolkit.training.model_checks import batch_dependence, check_fit, check_gradients
 from toolkit.training.single_value_batches import check_single_value_batches
 from toolkit.training.task import Task, build_task, check_label_splits, check_labels
 
@@ -157,6 +157,8 @@ def build_context(
     check_sizes(built, recipe.model, channels, sorted({*sizes, evaluated.image_size} - {size}))
     check_single_value_batches(built, transfer, train, count, world, channels, min(sizes, key=math.prod))
     check_gradients(transfer, recipe.model.name, channels, size, world, display.log)
+    if recipe.transfer.is_fitted:
+        check_fit(transfer, dataset, sum(map(len, splits.values())), channels, evaluated.image_size)
     faults = batch_dependence(recipe.model, built, channels, evaluated.image_size)
     for fault in faults:
         display.log(f"warning: {fault}")
@@ -292,8 +294,8 @@ def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
             row.name,
             f"{row.parameters:,}",
             f"{row.trainable:,}",
-            f"{row.lr:.3g}" if row.trainable else "-",
-            f"{row.weight_decay:.3g}" if row.trainable else "-",
+            f"{row.lr:.3g}" if row.trainable and not recipe.transfer.is_fitted else "-",
+            f"{row.weight_decay:.3g}" if row.trainable and not recipe.transfer.is_fitted else "-",
             row.batch_norm,
         )
         for row in rows

@@ -1,7 +1,7 @@
 """End a run: verify the saved weights, evaluate on the test set once, and write the summary last.
 
-Without validation images, the saved weights are compared with those in memory instead. Without test images, there are
-no test metrics and no predictions.csv.
+Without validation images, or if they were trained on (transfer.refit), the saved weights are compared with those in
+memory instead. Without test images, there are no test metrics and no predictions.csv.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _evaluate_both(training: Trainer) -> _FinalModels:
         features.check_backbone(written)
     network = written if features is None else written.get_submodule(features.tail)
     task = training.setup.task
-    if training.setup.has("validation"):
+    if training.setup.has("validation") and not training.recipe.transfer.refit:
         validated = training.evaluate_network(network, "validation")
         task = task.with_thresholds_of(validated)
         _verify(training, task, validated)
@@ -110,7 +110,7 @@ def _evaluate_both(training: Trainer) -> _FinalModels:
 
 
 def _verify_equal(training: Trainer, written: nn.Module) -> None:
-    """Raise RunFailed unless the saved weights exactly equal those in memory; for runs without validation images."""
+    """Raise RunFailed unless the saved weights exactly equal those in memory; for runs without validation."""
     with training.averaged_weights():
         trained = training.setup.built.module.state_dict()
         found = written.state_dict()

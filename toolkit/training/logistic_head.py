@@ -21,40 +21,65 @@ def train_logistic_head(trainer: Trainer, sums: RunningMetrics) -> None:
     """Fit the last layer for each value of transfer.C and keep the one with the highest validation accuracy.
 
     If several have it, the one with the lower validation loss is kept. A collective: the main process fits, and the
-    others receive its layer. Adds the training images to ``sums``. Raises UserError if the features cannot be cached.
+    others receive its layer. Adds the training images to ``sums``.
     """
-    setup, features = trainer.setup, trainer.loaders.features
-    head = None if features is None else setup.built.module.get_submodule(features.tail)
-    if features is None or not isinstance(head, nn.Linear):
-        raise UserError(
-            'transfer.mode = "logistic" needs a model whose last layer is a Linear, and features that can be cached '
-            '(the log says why they cannot); use "linear_probe"'
-        )
-    if setup.dataset.weights is not None:
-        raise UserError('transfer.mode = "logistic" does not support weights of images; use "linear_probe"')
-    x, labels = features.rows("train")[0].flatten(1), _labels(trainer, "train")
-    fitted: tuple[Tensor, Tensor, float] | None = None
-    has_validation = setup.has("validation")
-    validation = features.rows("validation")[0].flatten(1) if has_validation else None
-    if trainer.accelerator.is_main_process:
-        fitted = _best(trainer, x, labels, validation)
+    x, labels = split_features(trainer, "train"), split_labels(trainer, "train")
+    validation = split_features(trainer, "validation") if trainer.setup.has("validation") else None
+    fitted = _best(trainer, x, labels, validation) if trainer.accelerator.is_main_process else None
     weight, bias, chosen = broadcast_object(fitted)
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        assert head.bias is not None
-        head.bias.copy_(bias)
-        if trainer.accelerator.is_main_process:  # each image once, whatever the number of processes
+    head = _head(trainer)
+    _set(head, weight, bias)
+    if trainer.accelerator.is_main_process:  # each image once, whatever the number of processes
+        with torch.no_grad():
             logits = head(x.to(head.weight.device))
-            targets = labels.to(logits.device)
-            sums.add(F.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets)
+        targets = labels.to(logits.device)
+        sums.add(F.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets)
     progress = trainer.progress
-    progress.step, progress.chosen_C = setup.steps, chosen
+    progress.step, progress.chosen_C = trainer.setup.steps, chosen
     progress.train_images += len(x)
     trainer.display.log(f"logistic regression on {len(x):,} images with {x.shape[1]:,} features: C = {chosen:g}")
 
 
-def _labels(trainer: Trainer, split: str) -> Tensor:
+def refit_logistic_head(trainer: Trainer) -> None:
+    """Fit the last layer to the training and the validation images, with the chosen C (a collective)."""
+    splits = ("train", "validation")
+    x = torch.cat([split_features(trainer, split) for split in splits])
+    labels = torch.cat([split_labels(trainer, split) for split in splits])
+    head, strength = _head(trainer), trainer.progress.chosen_C
+    assert strength is not None
+    fitted: tuple[Tensor, Tensor] | None = None
+    if trainer.accelerator.is_main_process:
+        classes, start = len(trainer.setup.dataset.classes), (head.weight.detach(), head.bias.detach())
+        weights, biases, converged = fit_logistic(x, labels.to(x.device), classes, [strength], start=start)
+        _warn(trainer, [strength], converged)
+        fitted = weights[0].cpu(), biases[0].cpu()
+    _set(head, *broadcast_object(fitted))
+    trainer.display.log(f"logistic regression on {len(x):,} images of training and validation: C = {strength:g}")
+
+
+def split_features(trainer: Trainer, split: str) -> Tensor:
+    """Return the features of a split from the cache, [N, D] (a collective)."""
+    features = trainer.loaders.features
+    if features is None:  # found before the run began, unless the free memory has changed since
+        raise UserError(f'transfer.mode = "{trainer.recipe.transfer.mode}" needs cached features; the log says why not')
+    return features.rows(split)[0].flatten(1)
+
+
+def split_labels(trainer: Trainer, split: str) -> Tensor:
+    """Return the labels of a split, int64 [N]."""
     return torch.from_numpy(trainer.setup.labels(split).astype("int64"))
+
+
+def _head(trainer: Trainer) -> nn.Linear:
+    head = trainer.setup.built.module.get_submodule(trainer.setup.built.head)
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def _set(head: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
 
 
 def _best(trainer: Trainer, x: Tensor, labels: Tensor, validation: Tensor | None) -> tuple[Tensor, Tensor, float]:
@@ -62,12 +87,10 @@ def _best(trainer: Trainer, x: Tensor, labels: Tensor, validation: Tensor | None
     strengths = trainer.recipe.transfer.C
     classes = len(trainer.setup.dataset.classes)
     weights, biases, converged = fit_logistic(x, labels.to(x.device), classes, strengths)
-    for strength, is_done in zip(strengths, converged, strict=True):
-        if not is_done:
-            trainer.display.log(f"warning: the fit with C = {strength:g} did not converge")
+    _warn(trainer, strengths, converged)
     best = 0
     if validation is not None:
-        targets = _labels(trainer, "validation").to(x.device)
+        targets = split_labels(trainer, "validation").to(x.device)
         scores = []
         for weight, bias in zip(weights, biases, strict=True):
             logits = F.linear(validation, weight, bias)
@@ -75,3 +98,9 @@ def _best(trainer: Trainer, x: Tensor, labels: Tensor, validation: Tensor | None
             scores.append((accuracy, -F.cross_entropy(logits, targets).item()))
         best = max(range(len(strengths)), key=scores.__getitem__)
     return weights[best].cpu(), biases[best].cpu(), strengths[best]
+
+
+def _warn(trainer: Trainer, strengths: list[float], converged: list[bool]) -> None:
+    for strength, is_done in zip(strengths, converged, strict=True):
+        if not is_done:
+            trainer.display.log(f"warning: the fit with C = {strength:g} did not converge")

@@ -1,13 +1,20 @@
-"""Checks of the model before training: parameters without a gradient, and logits that depend on the batch."""
+"""Checks of the model before training: gradients, logits that depend on the batch, and what a fit on features needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import nn
+
+from toolkit.cache.memory_budget import MEMORY_SHARE, available_memory, gib
+from toolkit.data.datasets import Dataset
+from toolkit.distributed.process import gather_objects, local_processes
 from toolkit.errors import UserError, first_line
 from toolkit.formatting import plural
 from toolkit.models.build import ModelBundle
 from toolkit.models.dry_forward import depends_on_batch, without_gradient
+from toolkit.models.frozen_backbone import backbone_is_deterministic
 from toolkit.models.transfer import Transfer
 from toolkit.recipe.image_size import Size
 from toolkit.recipe.schema import ModelConfig
@@ -67,3 +74,27 @@ def batch_dependence(table: ModelConfig, built: ModelBundle, channels: int, imag
         f"in evaluation, the logits of {table.name} for an image depend on the other images of its batch, so metrics "
         "and predictions depend on the batch size and on the number of processes"
     ]
+
+
+def check_fit(transfer: Transfer, dataset: Dataset, images: int, channels: int, image_size: Size) -> None:
+    """Raise UserError, before a run begins, unless the last layer can be fitted to cached features (a collective).
+
+    ``images``: number of images of all splits.
+    """
+    built, mode = transfer.built, transfer.table.mode
+    head = built.module.get_submodule(built.head)
+    fault = ""
+    if len(built.heads) > 1 or not isinstance(head, nn.Linear):
+        fault = "needs a model with one last layer, which is a Linear"
+    elif dataset.weights is not None:
+        fault = "does not support weights of images"
+    elif dataset.why_not_cached:
+        fault = f"needs features that are kept in the cache, but {dataset.why_not_cached}"
+    elif not backbone_is_deterministic(built.module, built.head, torch.rand(2, channels, *image_size)):
+        fault = "needs a backbone whose features of an image are always the same"
+    else:
+        need, free = head.in_features * 4 * images * local_processes(), available_memory()
+        if not all(gather_objects(need <= free * MEMORY_SHARE)):
+            fault = f"needs {gib(need)} of memory for the features, but only {gib(free)} are free"
+    if fault:
+        raise UserError(f'transfer.mode = "{mode}" {fault}; use "linear_probe"')

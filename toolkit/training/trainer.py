@@ -34,7 +34,7 @@ from toolkit.training.context import TrainingContext
 from toolkit.training.evaluation import evaluate
 from toolkit.training.l2_sp import build_l2_sp
 from toolkit.training.loaders import CachePolicy, DataLoaders, build_loaders
-from toolkit.training.logistic_head import train_logistic_head
+from toolkit.training.logistic_head import refit_logistic_head, train_logistic_head
 from toolkit.training.lp_ft import setup_of_phase
 from toolkit.training.lr_schedule import MetricMonitor, ReduceLROnPlateau, epoch_rank, scheduled_rate
 from toolkit.training.resume import choose_best_again
@@ -152,7 +152,7 @@ class Trainer:
         total, done = len(self.setup.splits["train"]), self.progress.step * self.recipe.train.batch_size
         with self.display.bar(f"epoch {epoch + 1}/{self.recipe.train.epochs}", total, done) as self.bar:
             hooks = TrainCallbacks(self._set_lr, lambda step, sums: self._after_step(epoch, step, sums), self._log_step)
-            if self.recipe.transfer.mode == "logistic":
+            if self.recipe.transfer.is_fitted:
                 train_logistic_head(self, sums)
                 is_complete = True
             else:
@@ -166,7 +166,7 @@ class Trainer:
         record = {
             "epoch": epoch + 1,
             "step": (epoch + 1) * self.setup.steps,
-            "lr": self._learning_rate(epoch),
+            **({} if self.recipe.transfer.is_fitted else {"lr": self._learning_rate(epoch)}),
             "train/loss": loss,
             "train/accuracy": accuracy,
         }
@@ -179,6 +179,8 @@ class Trainer:
         except StopTraining:
             self.progress.step = self.setup.steps
             self._interrupt(sums)
+        if self.recipe.transfer.refit and self.setup.has("validation"):
+            refit_logistic_head(self)
         self._close_epoch(epoch, record, speed)
 
     def _unfreeze(self, epoch: int) -> bool:
