@@ -23,6 +23,7 @@ from toolkit.data.sampling import (
     steps_per_epoch,
 )
 from toolkit.errors import UserError
+from toolkit.recipe.schema import TrainConfig
 
 SMALL = [
     (n, world, batch, grad_accum_steps)
@@ -250,13 +251,15 @@ def test_indivisible_batch_names_the_nearest_legal_sizes(
     batch: int, world: int, grad_accum_steps: int, nearest: str
 ) -> None:
     with pytest.raises(UserError, match=nearest):
-        check_batch_size(batch, world, grad_accum_steps)
-    check_batch_size(world * grad_accum_steps * 3, world, grad_accum_steps)
+        check_batch_size(TrainConfig(epochs=1, batch_size=batch, grad_accum_steps=grad_accum_steps), world)
+    divisible = TrainConfig(epochs=1, batch_size=world * grad_accum_steps * 3, grad_accum_steps=grad_accum_steps)
+    check_batch_size(divisible, world)
 
 
 def test_dropping_the_only_batch_is_refused() -> None:
     assert steps_per_epoch(10, 4, True) == 2
     assert steps_per_epoch(10, 4, False) == 3
-    check_steps(10, 10, True)
+    train = TrainConfig(epochs=1, batch_size=10, drop_last=True)
+    check_steps(10, train)
     with pytest.raises(UserError, match="9 training images are fewer than one batch of 10"):
-        check_steps(9, 10, True)
+        check_steps(9, train)

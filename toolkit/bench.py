@@ -151,7 +151,7 @@ def _measure(
     flops = _flops(training, first)
 
     def data() -> None:
-        for _, batch in itertools.islice(stream.epoch(0), steps * setup.accum_steps):
+        for _, batch in itertools.islice(stream.epoch(0), steps * len(first)):
             to_device(batch.images, device, table.channels_last)
 
     stream, repeated = _EndlessLoader(loader), _RepeatedBatch(first, steps)
@@ -195,7 +195,7 @@ def _first_step(training: Trainer) -> list[tuple[MicroBatch, Any]]:
 
 def _train(training: Trainer, loader: Any, steps: int) -> None:
     """Train for ``steps`` optimizer steps, stopping in the middle of an epoch."""
-    sums = RunningMetrics.zero(training.accelerator.device)
+    sums = RunningMetrics.zero(training.accelerator.device, training.recipe.train.virtual_processes)
     done = 0
 
     def after_step(_: int, __: RunningMetrics) -> bool:

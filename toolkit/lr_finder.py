@@ -97,7 +97,7 @@ def find_lr(recipe: Recipe, *, steps: int = 100, min_lr: float = 1e-7, max_lr: f
         }
     )
     accelerator = init_accelerator(recipe.train)
-    check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.min_accum_steps)
+    check_batch_size(recipe.train, accelerator.num_processes)
     display = Console(is_main=accelerator.is_main_process)
     with out_of_memory_explained(recipe.train, accelerator.num_processes):
         training = Trainer(build_context(recipe, accelerator, display), None, None, GracefulStop(), None)
@@ -127,7 +127,7 @@ def _train(training: Trainer, lrs: Sequence[float]) -> list[RangeStep]:
     training.setup.transfer.train_mode()
     hooks = TrainCallbacks(set_lr, after_step, lambda *_: None)
     for epoch in itertools.count():
-        sums = RunningMetrics.zero(training.accelerator.device)
+        sums = RunningMetrics.zero(training.accelerator.device, training.recipe.train.virtual_processes)
         if not training.train_step.train_epoch(training.loaders.train, epoch, 0, sums, hooks):
             return found
     raise AssertionError("unreachable")

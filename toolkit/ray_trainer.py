@@ -63,7 +63,7 @@ def train(recipe: Recipe, origins: dict[str, Any], *, processes: int | None = No
     ray.init(include_dashboard=False, logging_level="warning")
     try:
         scaling = _scaling(ray.cluster_resources(), processes)
-        check_batch_size(recipe.train.batch_size, scaling.num_workers, recipe.train.min_accum_steps)
+        check_batch_size(recipe.train, scaling.num_workers)
         run = _run_to_train(recipe, origins, resume)
         print(f"run directory {run.path}", file=sys.stderr, flush=True)
         _wait_for(run, functools.partial(_fit_with_ray, recipe, run, scaling))

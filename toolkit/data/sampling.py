@@ -13,13 +13,17 @@ guarantees. Permutations and choices are derived from it here, so they are the s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from toolkit.errors import UserError
 from toolkit.formatting import plural
+
+if TYPE_CHECKING:
+    from toolkit.recipe.schema import TrainConfig
 
 IntArray = npt.NDArray[np.int64]
 
@@ -126,9 +130,9 @@ class MicroBatch:
     step: int
     """Optimizer step within the epoch, from 0."""
     part: int
-    """Accumulation step within the optimizer step, from 0."""
+    """Accumulation step within the optimizer step, from 0; or the number of the virtual process, from 0."""
     is_last: bool
-    """Whether this is the last accumulation step, after which the optimizer steps."""
+    """Whether this is the last micro-batch of this process in the step, after which the optimizer steps."""
     positions: IntArray
     """Indices in the epoch's order that this process loads; the first ``own`` are its own examples, the rest only serve
     as partners for mixup or CutMix."""
@@ -190,12 +194,21 @@ def _with_partners(low: int, high: int, count: int) -> tuple[IntArray, IntArray]
     return loaded, where.astype(np.int64)
 
 
-def plan_evaluation(n: int, batch_size: int, world: int, rank: int) -> list[IntArray]:
+def own_range(virtual: int, world: int, rank: int) -> tuple[int, int]:
+    """Return the virtual processes low..high-1 of ``virtual`` that process ``rank`` of ``world`` computes."""
+    return virtual * rank // world, virtual * (rank + 1) // world
+
+
+def plan_evaluation(n: int, batch_size: int, world: int, rank: int, virtual: int | None = None) -> list[IntArray]:
     """Return one process's batches of positions 0..n-1; over all processes every position occurs exactly once.
 
     ``batch_size`` counts images over all processes. Each process gets one contiguous range. The number of batches may
-    differ between processes and may be 0, so a loop over them must not contain a collective.
+    differ between processes and may be 0, so a loop over them must not contain a collective. With ``virtual``, a
+    process gets the batches of its virtual processes, so that no batch depends on the number of processes.
     """
+    if virtual is not None:
+        own = range(*own_range(virtual, world, rank))
+        return [batch for one in own for batch in plan_evaluation(n, batch_size, virtual, one)]
     low, high, local = n * rank // world, n * (rank + 1) // world, max(1, batch_size // world)
     return [np.arange(start, min(start + local, high), dtype=np.int64) for start in range(low, high, local)]
 
@@ -210,6 +223,8 @@ class SamplingPlan:
     batch_size: int
     """Number of images per optimizer step, over all processes and accumulation steps."""
     grad_accum_steps: int = 1
+    virtual: int | None = None
+    """Number of virtual processes, see :mod:`toolkit.distributed.virtual_processes`; None: off."""
     drop_last: bool = False
     world: int = 1
     rank: int = 0
@@ -244,16 +259,24 @@ class SamplingPlan:
         micro_batches = plan_epoch(
             self.size,
             batch_size=self.batch_size,
-            grad_accum_steps=self.grad_accum_steps,
+            grad_accum_steps=self.virtual or self.grad_accum_steps,
             drop_last=self.drop_last,
-            world=self.world,
-            rank=self.rank,
+            world=1 if self.virtual else self.world,
+            rank=0 if self.virtual else self.rank,
             mixing=self.mixing,
             first_step=first_step,
         )
-        for micro in micro_batches:
+        for micro in self._own(micro_batches) if self.virtual else micro_batches:
             positions = order[micro.positions]
             yield micro, positions, positions if occurs_once else self.size + micro.positions
+
+    def _own(self, micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of the virtual processes that this process computes."""
+        assert self.virtual is not None
+        low, high = own_range(self.virtual, self.world, self.rank)
+        for micro in micro_batches:
+            if low <= micro.part < high:
+                yield replace(micro, is_last=micro.part == high - 1)
 
     def view(self, epoch: int) -> int:
         """Return the number that keys an epoch's augmentation, along with the seed and :meth:`augmentation_ids`."""
@@ -264,24 +287,37 @@ class SamplingPlan:
         return draws if self.views is None else positions
 
 
-def check_batch_size(batch_size: int, world: int, grad_accum_steps: int) -> None:
+def check_batch_size(train: TrainConfig, world: int) -> None:
     """Raise UserError if a batch does not divide evenly among processes and accumulation steps."""
-    unit = world * grad_accum_steps
-    if batch_size % unit == 0:
+    parts, virtual = train.min_accum_steps, train.virtual_processes
+    if virtual is not None and world > virtual:
+        raise UserError(
+            f"train.virtual_processes = {virtual} is less than the number of processes, {world}: start at most "
+            f"{virtual}"
+        )
+    unit = virtual or world * parts
+    if train.batch_size % unit == 0:
         return
-    below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
+    below, above = train.batch_size // unit * unit, -(-train.batch_size // unit) * unit
     nearest = f"{below} or {above}" if below else str(above)
+    among = f"{plural(world, 'process', 'processes')} x {plural(parts, 'accumulation step')}"
     raise UserError(
-        f"train.batch_size = {batch_size} cannot be divided evenly among {plural(world, 'process', 'processes')} x "
-        f"{plural(grad_accum_steps, 'accumulation step')}: it must be a multiple of {unit}; the nearest are "
+        f"train.batch_size = {train.batch_size} cannot be divided evenly among "
+        f"{f'{virtual} virtual processes' if virtual else among}: it must be a multiple of {unit}; the nearest are "
         f"{nearest}"
     )
 
 
-def check_steps(n: int, batch_size: int, drop_last: bool) -> None:
-    """Raise UserError if an epoch would have no steps."""
-    if steps_per_epoch(n, batch_size, drop_last) == 0:
+def check_steps(n: int, train: TrainConfig) -> None:
+    """Raise UserError if an epoch of n images would have no steps, or one with too few images."""
+    if steps_per_epoch(n, train.batch_size, train.drop_last) == 0:
         raise UserError(
             f"train.drop_last = true leaves nothing to train on: {n} training images are fewer than one batch of "
-            f"{batch_size}; set train.batch_size to {n} or less, or train.drop_last to false"
+            f"{train.batch_size}; set train.batch_size to {n} or less, or train.drop_last to false"
+        )
+    last, virtual = n % train.batch_size, train.virtual_processes
+    if virtual is not None and 0 < last < virtual and not train.drop_last:
+        raise UserError(
+            f"the last batch of an epoch has {plural(last, 'image')}, fewer than train.virtual_processes = {virtual}; "
+            "set train.drop_last = true, or another train.batch_size"
         )

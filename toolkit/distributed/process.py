@@ -37,7 +37,7 @@ def init_accelerator(train: TrainConfig, stop: GracefulStop | None = None) -> Ac
     is requested before all have joined.
     """
     info = read_process_info()
-    _set_threads()
+    _set_threads(train)
     # Accelerate keeps one state per Python process; in a notebook the next fit may have another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = resolve_precision(train.precision)
@@ -69,9 +69,14 @@ def local_processes() -> int:
     return max(1, (positive_number("LOCAL_WORLD_SIZE") or 1) * beside)
 
 
-def _set_threads() -> None:
-    """Divide the available CPUs among the machine's training processes, unless the user has set OMP_NUM_THREADS."""
-    if "OMP_NUM_THREADS" not in os.environ:
+def _set_threads(train: TrainConfig) -> None:
+    """Divide the available CPUs among the machine's training processes, unless the user has set OMP_NUM_THREADS.
+
+    With virtual processes there is one thread on CPUs, because results depend on the number of threads.
+    """
+    if train.virtual_processes is not None and not on_gpu():
+        torch.set_num_threads(1)
+    elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(available_cpus(local_processes()))
 
 

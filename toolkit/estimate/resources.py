@@ -129,10 +129,10 @@ def plan(recipe: Recipe, processes: int = 1, classes: int | None = None) -> Reso
     size that is not divisible by the processes and accumulation steps, and for anything that training would reject.
     """
     train = recipe.train
-    check_batch_size(train.batch_size, processes, train.min_accum_steps)
+    check_batch_size(train, processes)
     contents = _contents(recipe.data, classes)
     if contents.images:
-        check_steps(contents.images["train"], train.batch_size, train.drop_last)
+        check_steps(contents.images["train"], train)
     preprocessing = _preprocessing(recipe, contents)
     weights = expected_input(recipe.model)
     sizes = [stage.image_size for stage in training_stages(preprocessing, recipe.data, weights)]

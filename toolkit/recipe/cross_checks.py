@@ -345,13 +345,17 @@ def disabled_splits(recipe: Recipe) -> Iterator[Issue]:
 
 
 def train(recipe: Recipe) -> Iterator[Issue]:
-    """Check that grad_accum_steps divides the batch size; warn if both sampling and loss are weighted by class."""
-    batch, parts = recipe.train.batch_size, recipe.train.min_accum_steps
-    if batch % parts:
-        below, above = batch // parts * parts, (batch // parts + 1) * parts
-        hint = f"for example batch_size = {f'{below} or ' if below else ''}{above}"
-        text = f"{batch} is not divisible by train.grad_accum_steps = {parts}"
-        yield error("train.batch_size", text, "train.grad_accum_steps", hint=hint)
+    """Check that the batch can be divided; warn if both sampling and loss are weighted by class."""
+    batch, parts, virtual = recipe.train.batch_size, recipe.train.min_accum_steps, recipe.train.virtual_processes
+    for key, divisor in (("grad_accum_steps", parts), ("virtual_processes", virtual or 1)):
+        if batch % divisor:
+            below, above = batch // divisor * divisor, (batch // divisor + 1) * divisor
+            hint = f"for example batch_size = {f'{below} or ' if below else ''}{above}"
+            text = f"{batch} is not divisible by train.{key} = {divisor}"
+            yield error("train.batch_size", text, f"train.{key}", hint=hint)
+    if virtual is not None and recipe.train.grad_accum_steps != 1:
+        text, hint = "must be 1 with train.virtual_processes, which divide the batch already", "remove it"
+        yield error("train.grad_accum_steps", text, "train.virtual_processes", hint=hint)
     args, defaults = recipe.train.loss_args, type(recipe.train.loss_args)()
     for key, loss in LOSS_KEYS.items() if not recipe.train.loss.startswith(PREFIX) else ():
         if recipe.train.loss != loss and getattr(args, key) != getattr(defaults, key):

@@ -271,6 +271,14 @@ class TrainConfig(ConfigModel):
         "number with which a training step fits in the device's memory, tried before training; 1 on a CPU. batch_size "
         "stays as it is, so results differ only by rounding, unless batch norm computes statistics of micro-batches.",
     )
+    virtual_processes: int | None = Field(
+        None,
+        ge=2,
+        description="Train as this number of processes would, on any smaller number, with the same results to the last "
+        "bit: each step's batch is divided among the virtual processes, of which each process computes several, one "
+        "after the other. The run may be resumed on another number of processes. Batch norm uses the images of one "
+        "virtual process. On CPUs, every process uses one thread. Default: off.",
+    )
     drop_last: bool = Field(False, description="Drop the last, incomplete batch of each epoch.")
     precision: Literal["auto", "no", "fp16", "bf16"] = Field(
         "auto",
@@ -334,7 +342,7 @@ class TrainConfig(ConfigModel):
     sync_batch_norm: bool = Field(
         True,
         description="Synchronize batch norm statistics over all processes. false: each process normalizes by its own "
-        "images, so the result depends on the number of processes.",
+        "images, so the result depends on the number of processes. Not used with virtual_processes.",
     )
     channels_last: bool = Field(
         True, description="Channels-last memory format for images and convolutions; faster on most hardware."

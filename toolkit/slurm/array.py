@@ -48,7 +48,7 @@ def plan_study(study: StudySpec, expansion: ExpandedStudy) -> tuple[JobSettings,
         bracket_sizes(study.table.bohb)  # raises UserError for settings that do not fit together
     else:
         for run in expansion.runs:
-            check_batch_size(run.recipe.train.batch_size, settings.world, run.recipe.train.min_accum_steps)
+            check_batch_size(run.recipe.train, settings.world)
         ignored = [name for name in ("gpus_per_run", "runs_per_gpu") if getattr(study.table, name) != 1]
         notes = [
             f"study.{name} applies to `toolkit study` only; an array task trains one run on the GPUs set in [slurm]"

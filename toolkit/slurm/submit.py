@@ -52,7 +52,7 @@ class SubmitResult:
 def plan(path: str, recipe: Recipe) -> tuple[JobSettings, list[str]]:
     """Return the job's settings, and warnings. Raises UserError if the recipe cannot run with them."""
     settings = resolve_settings(recipe)
-    check_batch_size(recipe.train.batch_size, settings.world, recipe.train.min_accum_steps)
+    check_batch_size(recipe.train, settings.world)
     return settings, check_paths(settings, recipe.recipe.run_root, [path])
 
 

@@ -132,7 +132,7 @@ def _fits(trainer: Trainer, number: int, epoch: int) -> bool:
     loader.plan = replace(loader.plan, grad_accum_steps=number)
     hooks = TrainCallbacks(lambda _: None, lambda *_: True, lambda *_: None)
     try:
-        alone.train_epoch(_Replicated(loader), epoch, 0, RunningMetrics.zero(trainer.accelerator.device), hooks)
+        alone.train_epoch(_Replicated(loader), epoch, 0, RunningMetrics.zero(trainer.accelerator.device, None), hooks)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from toolkit.augment.mixup import is_mixed
 from toolkit.distributed.batchnorm import replace_batch_norms
+from toolkit.distributed.virtual_processes import VirtualProcesses
 from toolkit.errors import UserError
 from toolkit.filenames import encode_name
 from toolkit.models.transfer import param_groups
@@ -27,7 +28,7 @@ from toolkit.training.train_step import TrainStep, TrainStepConfig
 def place_model(setup: TrainingContext) -> None:
     """Move the model to its device, with the batch norm and memory format that the recipe specifies."""
     module, accelerator, train = setup.built.module, setup.accelerator, setup.recipe.train
-    synchronized = accelerator.num_processes > 1 and train.sync_batch_norm
+    synchronized = accelerator.num_processes > 1 and train.sync_batch_norm and train.virtual_processes is None
     if synchronized or accelerator.device.type == "cpu":  # on CPUs its sums are also more accurate than torch's
         replace_batch_norms(module, synchronized=synchronized)
     module.to(accelerator.device)
@@ -63,9 +64,12 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
         sam_radius=recipe.optimizer.sam,
         sam_adaptive=recipe.optimizer.sam_adaptive,
     )
-    average = _weight_average(recipe, network)
-    wrapped = accelerator.prepare_model(network)
-    return TrainStep(accelerator, network, wrapped, optimizer, setup.stochastic, average, settings)
+    average, virtual = _weight_average(recipe, network), None
+    if recipe.train.virtual_processes is not None:
+        world, rank = accelerator.num_processes, accelerator.process_index
+        virtual = VirtualProcesses(network, recipe.train.virtual_processes, world, rank)
+    wrapped = accelerator.prepare_model(network, evaluation_mode=virtual is not None)  # without a DDP wrapper
+    return TrainStep(accelerator, network, wrapped, optimizer, setup.stochastic, average, settings, virtual=virtual)
 
 
 def _weight_average(recipe: Recipe, network: nn.Module) -> WeightAverage | None:
@@ -106,7 +110,8 @@ def unfreeze(setup: TrainingContext, trainer: TrainStep, epoch: int) -> bool:
     if trainer.average is not None:
         trainer.average.follow(trainer.network)
     # DDP checks requires_grad only when it wraps a module.
-    trainer.wrapped = setup.accelerator.prepare_model(setup.accelerator.unwrap_model(trainer.wrapped))
+    if trainer.virtual is None:
+        trainer.wrapped = setup.accelerator.prepare_model(setup.accelerator.unwrap_model(trainer.wrapped))
     return True
 
 

@@ -106,6 +106,8 @@ class TrainingContext:
         key = [split_hash(self.dataset, self.splits), seed, train.batch_size, train.drop_last, train.sampling]
         if self.recipe.augment.repeats > 1:
             key.append(self.recipe.augment.repeats)
+        if train.virtual_processes is not None:
+            key.append(train.virtual_processes)
         shards = self.shards("train")
         return key if shards is None else [*key, json_hash([self.recipe.data.shuffle_shards, shards.tolist()])]
 
@@ -134,7 +136,7 @@ def build_context(
     if choose_splits is not None:
         splits = choose_splits(dataset, splits)
     count = len(splits["train"])
-    check_steps(count, train.batch_size, train.drop_last)
+    check_steps(count, train)
     weights = expected_input(recipe.model)
     preprocessing = resolve_preprocessing(
         data,

@@ -218,7 +218,7 @@ def _join_processes(
     """Initialize distributed training, check batch size and trackers, and log ranks and precision."""
     accelerator = init_accelerator(recipe.train, stop)
     require_packages(recipe.tracking.trackers)
-    check_batch_size(recipe.train.batch_size, accelerator.num_processes, recipe.train.min_accum_steps)
+    check_batch_size(recipe.train, accelerator.num_processes)
     display = Console(is_main=accelerator.is_main_process, shows=not quiet)
     if line := unused_tasks_line():
         display.log(line)

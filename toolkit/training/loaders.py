@@ -123,11 +123,11 @@ class DataLoaders:
     def _evaluation(self, split: str) -> tuple[EvaluationLoader, int]:
         accelerator, size = self.setup.accelerator, _eval_batch_size(self.setup)
         rows = None if self.features is None else self.features.rows(split)
+        count, world, virtual = len(self.setup.splits[split]), accelerator.num_processes, self.train.plan.virtual
         if rows is not None:
             at_once = min(EVALUATION_ROWS, EVALUATION_BYTES // (rows[0][0].numel() * 4))
-            size = max(size, at_once * accelerator.num_processes)
-        count, world = len(self.setup.splits[split]), accelerator.num_processes
-        shares = [plan_evaluation(count, size, world, rank) for rank in range(world)]
+            size = max(size, at_once * (virtual or world))
+        shares = [plan_evaluation(count, size, world, rank, virtual) for rank in range(world)]
         mine, rounds = shares[accelerator.process_index], max(len(share) for share in shares)
         if rows is None:
             order = self.setup.shard_order(split)
@@ -220,6 +220,7 @@ def _plan(setup: TrainingContext) -> SamplingPlan:
         seed=setup.recipe.recipe.seed,
         batch_size=table.batch_size,
         grad_accum_steps=setup.accum_steps,
+        virtual=table.virtual_processes,
         drop_last=table.drop_last,
         world=setup.accelerator.num_processes,
         rank=setup.accelerator.process_index,

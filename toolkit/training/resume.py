@@ -292,7 +292,9 @@ def accept_changes(trainer: Trainer) -> None:
     if progress.best is not None and trainer.setup.has("validation"):
         _validate_again(trainer, progress.best)
     trainer.stage_last_if_best()
-    trainer.save(RunningMetrics.restored(progress.sums, trainer.accelerator) if progress.step else None)
+    virtual = trainer.recipe.train.virtual_processes
+    sums = RunningMetrics.restored(progress.sums, trainer.accelerator, virtual) if progress.step else None
+    trainer.save(sums)
 
 
 def _validate_again(trainer: Trainer, best: dict[str, Any]) -> None:

@@ -103,15 +103,16 @@ def _is_affected(count: int, train: TrainConfig, world: int) -> bool:
 
 def _seen_at_once(count: int, train: TrainConfig, world: int) -> Iterator[int]:
     """Yield the fewest images that a batch norm gets at once, for a step's smallest and largest micro-batch."""
-    parts = min(train.min_accum_steps, count)
+    parts = min(train.virtual_processes or train.min_accum_steps, count)
     for part in (count // parts, -(-count // parts)):
         # A micro-batch with fewer images than processes is replicated on each; synchronized batch norm sees all of it.
-        yield part if part < world or train.sync_batch_norm else part // world
+        is_divided = part >= world and not train.sync_batch_norm and train.virtual_processes is None
+        yield part // world if is_divided else part
 
 
 def _other_sizes(images: int, train: TrainConfig, world: int) -> list[int]:
     """Return the nearest smaller and larger batch sizes without this problem."""
-    unit = world * train.min_accum_steps
+    unit = train.virtual_processes or world * train.min_accum_steps
 
     def fits(size: int) -> bool:
         return not any(_is_affected(count, train, world) for count in _step_sizes(images, size, train.drop_last))

@@ -53,7 +53,8 @@ class TrainProgress:
 
 def process_state(trainer: Trainer) -> dict[str, Any]:
     """Return the state that differs between processes: random states, and batch norm statistics if unsynchronized."""
-    synchronized = trainer.recipe.train.sync_batch_norm
+    train = trainer.recipe.train
+    synchronized = train.sync_batch_norm or train.virtual_processes is not None
     return {
         "random": random_state(),
         "statistics": {} if synchronized else local_statistics(trainer.setup.built.module),

@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from toolkit.augment.mixup import mix
-from toolkit.data.sampling import MicroBatch, hash64
+from toolkit.data.sampling import MicroBatch, hash64, own_range
 from toolkit.distributed.batchnorm import set_replicated
+from toolkit.distributed.virtual_processes import VirtualProcesses
 from toolkit.errors import RunFailed, first_line
 from toolkit.models.keyed_dropout import DropoutKeys, example_keys
 from toolkit.recipe.schema import AugmentConfig
@@ -34,38 +35,51 @@ from toolkit.training.task import Task
 
 @dataclass
 class RunningMetrics:
-    """This process's sums of loss, correct predictions and images so far in an epoch: float64 [3] on the device."""
+    """This process's sums of loss, correct predictions and images so far in an epoch: float64 [V, 3] on the device.
+
+    V is the number of virtual processes, each of which adds to its own row, so that the sums over the rows do not
+    depend on the number of processes; 1 without virtual processes.
+    """
 
     values: Tensor
     since_log: Tensor
     """Sums since the last logged step, in the same order."""
 
     @classmethod
-    def zero(cls, device: torch.device) -> RunningMetrics:
-        """Return zero sums, in float32 on MPS, which has no float64."""
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        return cls(torch.zeros(3, dtype=kind, device=device), torch.zeros(3, dtype=kind, device=device))
+    def zero(cls, device: torch.device, virtual: int | None) -> RunningMetrics:
+        """Return zero sums, in float32 on MPS, which has no float64. ``virtual``: number of virtual processes."""
+        zero = torch.zeros(
+            virtual or 1, 3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+        )
+        return cls(zero, zero.clone())
 
     @classmethod
-    def restored(cls, saved: list[list[float]], accelerator: Accelerator) -> RunningMetrics:
+    def restored(cls, saved: list[list[float]], accelerator: Accelerator, virtual: int | None) -> RunningMetrics:
         """Return this process's share of the sums of an unfinished epoch; ``saved``: :meth:`state` of each process.
 
-        If the number of processes changed, the main process takes all.
+        ``virtual``: number of virtual processes; a process takes the rows of its own. Without them, the main process
+        takes all if the number of processes changed.
         """
-        sums = cls.zero(accelerator.device)
-        if len(saved) == accelerator.num_processes:
+        sums = cls.zero(accelerator.device, virtual)
+        if virtual:
+            for state in saved:
+                sums.add_state(state)
+            low, high = own_range(virtual, accelerator.num_processes, accelerator.process_index)
+            for values in (sums.values, sums.since_log):
+                values[:low] = values[high:] = 0
+        elif len(saved) == accelerator.num_processes:
             sums.add_state(saved[accelerator.process_index])
         elif accelerator.is_main_process:
             for state in saved:
                 sums.add_state(state)
         return sums
 
-    def add(self, losses: Tensor, right: Tensor) -> None:
+    def add(self, losses: Tensor, right: Tensor, row: int = 0) -> None:
         """Add a micro-batch, without waiting for the device."""
-        count = torch.full_like(self.values[2], len(right))
+        count = torch.full_like(self.values[0, 2], len(right))
         more = torch.stack([losses.sum().to(self.values), right.sum().to(self.values), count])
-        self.values += more
-        self.since_log += more
+        self.values[row] += more
+        self.since_log[row] += more
 
     def means(self, accelerator: Accelerator) -> tuple[float, float]:
         """Return mean loss and accuracy over all processes (a collective)."""
@@ -78,17 +92,18 @@ class RunningMetrics:
         return means
 
     def state(self) -> list[float]:
-        """Return the sums as six numbers, for a checkpoint."""
-        return [*self.values.tolist(), *self.since_log.tolist()]
+        """Return the sums as six numbers for each row, for a checkpoint."""
+        return [*self.values.flatten().tolist(), *self.since_log.flatten().tolist()]
 
     def add_state(self, state: list[float]) -> None:
         """Add sums returned by :meth:`state`."""
-        self.values += torch.tensor(state[:3], dtype=torch.float64).to(self.values)
-        self.since_log += torch.tensor(state[3:], dtype=torch.float64).to(self.since_log)
+        values, since_log = torch.tensor(state, dtype=torch.float64).view(2, -1, 3)
+        self.values += values.to(self.values)
+        self.since_log += since_log.to(self.since_log)
 
 
 def _means(values: Tensor, accelerator: Accelerator) -> tuple[float, float]:
-    loss, right, count = accelerator.reduce(values, reduction="sum").tolist()
+    loss, right, count = accelerator.reduce(values, reduction="sum").sum(0).tolist()
     if count == 0:
         raise AssertionError("a mean over no images")
     return loss / count, right / count
@@ -183,6 +198,8 @@ class TrainStep:
     stochastic: DropoutKeys
     average: WeightAverage | None
     settings: TrainStepConfig
+    virtual: VirtualProcesses | None = None
+    """The virtual processes of train.virtual_processes."""
     finite: NonFiniteDetector = field(default_factory=NonFiniteDetector)
     l2_sp: L2SP | None = None
 
@@ -194,25 +211,30 @@ class TrainStep:
         ``sums`` holds the metrics of the steps before ``first_step`` and is updated in place.
         """
         settings = self.settings
+        step_losses: list[Tensor] = []
         for micro, batch in loader.epoch(epoch, first_step):
-            if micro.part == 0:
+            if not step_losses:
                 hooks.set_lr(epoch + micro.step / settings.steps_per_epoch)
-                step_losses: list[Tensor] = []
                 parts: list[tuple[MicroBatch, Any]] = []
             losses, right = self._forward_backward(micro, batch, epoch)
             step_losses.append(losses.sum())
             if not micro.replicated or self.accelerator.is_main_process:
-                sums.add(losses, right)
+                sums.add(losses, right, micro.part if self.virtual else 0)
             if settings.sam_radius is not None:
                 parts.append((micro, batch))
             if not micro.is_last:
                 continue
+            if self.virtual:
+                self.virtual.finish()
             if settings.sam_radius is not None:
                 with at_worst_neighbor(self.network, settings.sam_radius, adaptive=settings.sam_adaptive):
                     step_losses += [self._forward_backward(*part, epoch)[0].sum() for part in parts]
+                    if self.virtual:
+                        self.virtual.finish()
             done = micro.step + 1
             self._update((epoch - settings.first_epoch) * settings.steps_per_epoch + done)
             self.finite.add(done, torch.stack(step_losses).sum())
+            step_losses = []
             if settings.log_every and done % settings.log_every == 0:
                 hooks.log_step(done, *sums.metrics_since_log(self.accelerator))
             if hooks.after_step(done, sums):
@@ -240,12 +262,15 @@ class TrainStep:
             keys = example_keys(settings.seed, epoch, np.asarray(batch.draws[: micro.own]))
             self.stochastic.set_keys(torch.from_numpy(keys).to(accelerator.device, non_blocking=True))
         if settings.has_unkeyed_randomness:  # random numbers that differ between processes and recur in a resumed run
-            torch.manual_seed(hash64(settings.seed, epoch, micro.step, micro.part, accelerator.process_index))
-        if accelerator.num_processes > 1:
+            process = 0 if self.virtual else accelerator.process_index
+            torch.manual_seed(hash64(settings.seed, epoch, micro.step, micro.part, process))
+        if self.virtual:
+            self.virtual.begin()
+        elif accelerator.num_processes > 1:
             set_replicated(self.network, micro.replicated)
         if settings.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        alone = micro.replicated or accelerator.num_processes == 1
+        alone = micro.replicated or self.virtual or accelerator.num_processes == 1
         with contextlib.nullcontext() if micro.is_last else accelerator.no_sync(self.wrapped):
             logits = self.wrapped(inputs[: micro.own])
             losses = settings.loss(logits, targets)
@@ -254,6 +279,8 @@ class TrainStep:
             # DDP averages gradients over processes; scaling by their number gives the sum.
             scale = (1 if alone else accelerator.num_processes) / micro.step_count
             accelerator.backward(losses.sum() * scale)
+        if self.virtual:
+            self.virtual.end(micro.part)
         right = settings.task.is_correct(logits.detach(), labels[: micro.own])
         return losses.detach(), right
 

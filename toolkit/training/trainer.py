@@ -147,7 +147,7 @@ class Trainer:
             count = len(self.setup.transfer.trainable)
             self.display.log(f"epoch {epoch + 1}: {count} parameter tensors are trained from now on")
         self.setup.transfer.train_mode()
-        sums = RunningMetrics.restored(self.progress.sums, self.accelerator)
+        sums = RunningMetrics.restored(self.progress.sums, self.accelerator, self.recipe.train.virtual_processes)
         started, images_before = time.perf_counter(), self.progress.train_images
         total, done = len(self.setup.splits["train"]), self.progress.step * self.recipe.train.batch_size
         with self.display.bar(f"epoch {epoch + 1}/{self.recipe.train.epochs}", total, done) as self.bar:
@@ -248,7 +248,8 @@ class Trainer:
 
     def _average_statistics(self) -> None:
         """Average unsynchronized batch norm statistics over all processes (a collective)."""
-        if self.accelerator.num_processes > 1 and not self.recipe.train.sync_batch_norm:
+        train = self.recipe.train
+        if self.accelerator.num_processes > 1 and not train.sync_batch_norm and not train.virtual_processes:
             average_statistics(self.setup.built.module)
 
     def evaluate(self, split: str) -> EvalResult:
@@ -286,7 +287,7 @@ class Trainer:
 
     def _dry_run_epoch(self, epoch: int) -> float:
         self.setup.transfer.train_mode()
-        sums = RunningMetrics.zero(self.accelerator.device)
+        sums = RunningMetrics.zero(self.accelerator.device, self.recipe.train.virtual_processes)
         hooks = TrainCallbacks(self._set_lr, lambda step, sums: True, lambda *_: None)
         self.train_step.train_epoch(self.loaders.train, epoch, 0, sums, hooks)
         return sums.means(self.accelerator)[0]
@@ -386,7 +387,7 @@ class Trainer:
 
     def _progress_notes(self, epoch: int, step: int, sums: RunningMetrics) -> list[str]:
         """Return this process's mean loss in the epoch so far, the best epoch's metric, and the time left for all."""
-        loss, _, count = sums.values.tolist()
+        loss, _, count = sums.values.sum(0).tolist()
         images, train = len(self.setup.splits["train"]), self.recipe.train
         probe = self.recipe.transfer.epochs_of_probe
         epochs, what = (probe, "the probe") if epoch < probe else (train.epochs, "all epochs")
