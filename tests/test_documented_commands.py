@@ -33,6 +33,7 @@ ELSEWHERE = {
         "test_tutorial.py::test_the_commands_work_in_an_empty_folder"
     ),
     r"toolkit (table|report) runs/learning-rates": "test_study_table.py::test_",
+    r"toolkit soup .*": "test_soup.py::test_the_same_soup_is_made_again_byte_by_byte",
     r"toolkit submit .*": "test_slurm_cluster.py::test_a_run_on_two_nodes_equals_a_run_in_one_process",
     r"toolkit submit (STUDY|recipes/studies/|search).*": (
         "test_slurm_arrays.py::test_a_resubmitted_array_trains_only_the_run_that_failed"

@@ -26,6 +26,7 @@ from toolkit.cli.recipe import diff, schema, show, validate
 from toolkit.cli.report import report
 from toolkit.cli.results import table
 from toolkit.cli.slurm import cancel, logs, status, submit
+from toolkit.cli.soup import soup
 from toolkit.cli.study import study
 from toolkit.cli.sweep import sweep
 from toolkit.cli.train import train
@@ -48,8 +49,8 @@ app = typer.Typer(
 )
 COMMANDS = (
     new, train, recipes, validate, show, diff, schema, plan, data, pack, models, transforms, optimizers, datasets,
-    plugins, doctor, bench, find_lr, cache, submit, status, logs, cancel, study, sweep, table, report, evaluate,
-    predict, embed, explain, export, publish, sync,
+    plugins, doctor, bench, find_lr, cache, submit, status, logs, cancel, study, sweep, soup, table, report,
+    evaluate, predict, embed, explain, export, publish, sync,
 )  # fmt: skip
 for function in COMMANDS:
     app.command()(function)

@@ -8,7 +8,9 @@ on CPUs. On a GPU torch's fused kernels are used. Cost: benchmarks/README.md.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -272,6 +274,31 @@ def set_replicated(module: nn.Module, replicated: bool) -> None:
     for child in module.modules():
         if isinstance(child, SyncBatchNorm):
             child.replicated = replicated
+
+
+@contextlib.contextmanager
+def recomputed_statistics(module: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Replace the running statistics of ``layers`` by their means over the batches passed through ``module`` inside.
+
+    ``layers``: batch norms of ``module``, which normalize by the batch in this context; everything else is in
+    evaluation mode. Their momentum and all modes are restored afterwards. As torch.optim.swa_utils.update_bn (Izmailov
+    et al. 2018, arXiv:1803.05407).
+    """
+    modes = {part: part.training for part in module.modules()}
+    norms = [layer for layer in layers if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    momenta = {norm: norm.momentum for norm in norms}
+    module.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+        norm.training = True
+    try:
+        yield
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for part, training in modes.items():
+            part.training = training
 
 
 def average_statistics(module: nn.Module) -> None:

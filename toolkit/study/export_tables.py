@@ -15,6 +15,7 @@ from toolkit.study.compare import build_comparison_table, comparison_records
 from toolkit.study.epoch_tables import build_epoch_tables, epoch_metrics, epoch_records
 from toolkit.study.results import RunResult
 from toolkit.study.results_table import build_results_table, row_records
+from toolkit.study.soup_results import soup_record
 from toolkit.study.study_results import StudyResults
 from toolkit.study.text_table import TextTable, csv_text, latex, markdown, text
 from toolkit.study.trial_table import build_trial_table, trial_records
@@ -26,7 +27,7 @@ def main_table(found: StudyResults) -> TextTable:
     table = build_trial_table(found) if found.trials else build_results_table(found)
     if found.options.sort is None:
         return table
-    shown, count = len(table.rows), len(found.trials or found.rows)
+    shown, count = len(table.rows), len(found.trials or found.rows) + len(found.soups)
     cut = f"; the first {shown} of {count} rows" if shown < count else ""
     note = f"Sorted by {metric_of(found.options.sort).heading}, the best first{cut}."
     return replace(table, notes=[note, *table.notes])
@@ -75,6 +76,7 @@ def to_json(found: StudyResults) -> dict[str, Any]:
         "claims": claim_records(found.claims),
         "epochs": epoch_records(found.rows, epoch_metrics(found)),
         "comparison": comparison_records(found.comparison),
+        "soups": [soup_record(soup, found.confidence) for soup in found.soups],
     }
 
 

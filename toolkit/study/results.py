@@ -75,7 +75,7 @@ def read_result(folder: StudyDirectory, member: StudyRun) -> RunResult:
         return RunResult(
             member,
             state,
-            {m.name: value for m in metrics_in(summary) if (value := m.read(summary, epochs)) is not None},
+            metrics_of(summary, epochs),
             epochs,
             {str(name): int(count) for name, count in summary.get("images", {}).items()},
         )
@@ -85,6 +85,11 @@ def read_result(folder: StudyDirectory, member: StudyRun) -> RunResult:
         return RunResult(
             member, "failed", failure_reason=f"{fault.filename or folder.path} cannot be read: {fault.strerror}"
         )
+
+
+def metrics_of(summary: dict[str, Any], epochs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return all metrics of a finished run from its summary and its epoch records."""
+    return {m.name: value for m in metrics_in(summary) if (value := m.read(summary, epochs)) is not None}
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

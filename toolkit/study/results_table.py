@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from toolkit.metrics import metric_of
 from toolkit.study.results import ResultRow
 from toolkit.study.significance import welch
+from toolkit.study.soup_results import soup_notes
 from toolkit.study.study_results import StudyResults
 from toolkit.study.text_table import MINUS, MISSING, Column, TextTable, interval_text, number, p_value
 
 
 def build_results_table(found: StudyResults) -> TextTable:
     """Build the table of results; metrics with published values are followed by columns for these."""
-    rows = found.shown(found.rows)
+    rows = found.shown(found.rows_and_soups)
     columns = [Column("setting", [row.name for row in rows], is_left=True)]
     if any(len(row.results) > 1 for row in found.rows):
         columns.append(Column("runs", [_count(row) for row in rows]))
@@ -112,6 +113,7 @@ def _notes(found: StudyResults) -> list[str]:
         key: value.partition(": ")[2] for key, value in found.assumptions.items() if value.partition(":")[0] == "ours"
     }
     keys = "; ".join(f"{key} ({note})" if note else key for key, note in assumed.items())
+    notes += soup_notes(found.soups, found.soup_faults, found.confidence)
     return [*notes, f"Not stated in the publication, assumed here: {keys}."] if keys else notes
 
 
@@ -144,7 +146,11 @@ def _about_spread(rows: Sequence[ResultRow], confidence: float, intervals: bool)
 
 def row_records(found: StudyResults) -> list[dict[str, object]]:
     """Return one record per row of the table; accuracies are fractions, and missing metrics are None."""
-    return [_record(row, found.columns) for row in found.shown(found.rows)]
+    soups = {soup.name: soup.content.method for soup in found.soups}
+    return [
+        _record(row, found.columns) | ({"soup": soups[row.name]} if row.name in soups else {})
+        for row in found.shown(found.rows_and_soups)
+    ]
 
 
 def _record(row: ResultRow, columns: Sequence[str]) -> dict[str, object]:

@@ -24,6 +24,7 @@ from toolkit.study.results import (
     read_results,
 )
 from toolkit.study.significance import PairedComparison
+from toolkit.study.soup_results import Soup, read_soups
 
 Shown = TypeVar("Shown", ResultRow, TrialResult)
 
@@ -59,6 +60,10 @@ class StudyResults:
     assumptions: Mapping[str, str] = field(default_factory=dict)
     """Source of each key's value, from [assumptions]."""
     claims: Sequence[JudgedClaim] = ()
+    soups: Sequence[Soup] = ()
+    """Averages of the runs' weights that `toolkit soup` wrote: shown in the main table, and used for nothing else."""
+    soup_faults: Sequence[str] = ()
+    """Messages about soups that cannot be read."""
 
     @property
     def title(self) -> str:
@@ -69,6 +74,11 @@ class StudyResults:
     def confidence(self) -> float:
         """Confidence level of all intervals."""
         return self.table.output.confidence
+
+    @property
+    def rows_and_soups(self) -> list[ResultRow]:
+        """The rows, followed by the soups as rows."""
+        return [*self.rows, *(soup.row(self.confidence) for soup in self.soups)]
 
     def shown(self, items: Sequence[Shown]) -> list[Shown]:
         """Return the rows or trials in the main table, sorted and truncated as the options request."""
@@ -106,8 +116,9 @@ def read_outcomes(folder: StudyDirectory, options: TableOptions) -> StudyResults
     trials = ranked_trials(results, table.metric) if is_search and single else []
     compared = compare_rows(rows, *options.compare, columns, table.output.confidence) if options.compare else {}
     claims = judge_claims(folder, table, results)
+    soups, faults = read_soups(folder)
     return StudyResults(
-        folder.name, table, results, rows, trials, columns, options, compared, folder.assumptions, claims
+        folder.name, table, results, rows, trials, columns, options, compared, folder.assumptions, claims, soups, faults
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from toolkit.metrics import metric_of
 from toolkit.study.results import short_key, short_value, varied_keys
+from toolkit.study.soup_results import soup_notes
 from toolkit.study.study_results import StudyResults
 from toolkit.study.text_table import MISSING, Column, TextTable, number
 
@@ -13,17 +14,31 @@ def build_trial_table(found: StudyResults) -> TextTable:
     trials, sought = found.shown(found.trials), metric_of(found.table.metric).name
     keys = varied_keys([trial.result for trial in found.trials])
     changes = [trial.result.member.changes for trial in trials]
+    soups = [soup.result.metrics for soup in found.soups]
+    missing = [MISSING for _ in soups]
     columns = [
-        Column("trial", [str(trial.trial) for trial in trials], is_left=True),
+        Column("trial", [*(str(trial.trial) for trial in trials), *(soup.name for soup in found.soups)], is_left=True),
         *(
-            Column(short_key(key, keys), [short_value(each[key]) if key in each else MISSING for each in changes])
+            Column(
+                short_key(key, keys),
+                [*(short_value(each[key]) if key in each else MISSING for each in changes), *missing],
+            )
             for key in keys
         ),
-        Column("state", [trial.result.state for trial in trials], is_left=True),
-        Column("epochs", [str(trial.epochs) for trial in trials]),
-        Column(metric_of(sought).heading, [number(sought, trial.value) for trial in trials]),
+        Column("state", [*(trial.result.state for trial in trials), *missing], is_left=True),
+        Column("epochs", [*(str(trial.epochs) for trial in trials), *missing]),
+        Column(
+            metric_of(sought).heading,
+            [number(sought, value) for value in (*(t.value for t in trials), *(each.get(sought) for each in soups))],
+        ),
         *(
-            Column(metric_of(metric).heading, [number(metric, trial.measured(metric)) for trial in trials])
+            Column(
+                metric_of(metric).heading,
+                [
+                    number(metric, value)
+                    for value in (*(t.measured(metric) for t in trials), *(each.get(metric) for each in soups))
+                ],
+            )
             for metric in found.columns
             if metric not in (sought, "epochs")
         ),
@@ -46,6 +61,7 @@ def _notes(found: StudyResults) -> list[str]:
             for trial in found.trials
             if trial.result.failure_reason
         ),
+        *soup_notes(found.soups, found.soup_faults, found.confidence),
     ]
 
 
