@@ -306,6 +306,28 @@ def test_runs_that_cannot_be_averaged_are_named(trained: Path, tmp_path: Path) -
     assert "differ in the split of the data" in refusal(folder.path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            'set = {{ transfer.mode = "logistic", transfer.C = [{C}.0], transfer.refit = true, train.epochs = 1 }}',
+            "were also trained on them (transfer.refit = true)",
+        ),
+        (
+            'set = {{ transfer.mode = "logistic", transfer.C = [{C}.0], data.split.validation = 0, '
+            'train.best_metric = "last", train.epochs = 1 }}',
+            "a soup is judged on validation images, but these runs have none (data.split.validation)",
+        ),
+    ],
+    ids=["refit", "no validation images"],
+)
+def test_runs_that_validation_images_cannot_judge_are_refused(tmp_path: Path, settings: str, expected: str) -> None:
+    rows = [f'[[study.rows]]\nname = "{number}"\n' + settings.replace("{C}", str(number)) for number in (1, 2)]
+    outcome = toolkit("study", write_recipe(tmp_path, PRETRAINED + "\n".join(rows)))
+    assert outcome.status == 0, outcome.stderr
+    assert expected in refusal(tmp_path / "runs" / "small")
+
+
 def test_different_starting_weights_are_a_warning(tmp_path: Path) -> None:
     """GRID has two seeds, and each draws its own initial weights."""
     assert BASE.find("weights") == -1

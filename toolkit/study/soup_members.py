@@ -77,6 +77,10 @@ def find_members(folder: StudyDirectory, rows: Sequence[str], log: Callable[[str
             f"only one finished run of {folder.path} has weights ({members[0].title}): there is nothing to average"
         )
     _check_alike(members)
+    if any(member.recipe.transfer.refit for member in members):
+        raise UserError(
+            "a soup is judged on validation images, but these runs were also trained on them (transfer.refit = true)"
+        )
     if any(not member.run.split["validation"] for member in members):
         raise UserError("a soup is judged on validation images, but these runs have none (data.split.validation)")
     if warning := different_starts(members):
