@@ -293,7 +293,7 @@ class SoupEvaluator:
         trainer, device = self.trainer, self.accelerator.device
         network, task = trainer.train_step.network.eval(), trainer.setup.task
         dtype = autocast_dtype(self.accelerator.mixed_precision)
-        sums = RunningMetrics.zero(device)
+        sums = RunningMetrics.zero(device, None)
         for micro, batch in trainer.loaders.train.epoch(0):
             inputs = to_device(batch.images[: micro.own], device, trainer.recipe.train.channels_last)
             labels = batch.labels[: micro.own].to(device)
