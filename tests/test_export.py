@@ -290,7 +290,7 @@ def test_the_initial_weights_file_is_named_without_its_folder(runs: Callable[[st
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("onxx", "--format onxx: expected onnx, torch-export, safetensors, timm; did you mean onnx?"),
+        ("onxx", "--format onxx: expected onnx, torch-export, safetensors, timm, lora; did you mean onnx?"),
         ("timm", "--format timm is for unmodified timm models; toolkit's convnet is not one"),
     ],
 )

@@ -22,6 +22,7 @@ from trainers import (
     EMA,
     FROZEN,
     GRADUAL,
+    LORA,
     STATEFUL,
     Trainers,
     after_seconds,
@@ -158,9 +159,10 @@ def test_a_run_killed_ten_times_gives_the_same_bytes(tmp_path: Path, world: int)
     [
         pytest.param(FROZEN, id="frozen features"),
         pytest.param(GRADUAL, marks=pytest.mark.extended, id="gradual"),
+        pytest.param(LORA, marks=pytest.mark.extended, id="lora"),
     ],
 )
-def test_killed_runs_with_frozen_features_or_gradual_unfreezing_give_the_same_bytes(tmp_path: Path, text: str) -> None:
+def test_killed_runs_with_other_transfer_modes_give_the_same_bytes(tmp_path: Path, text: str) -> None:
     ema = ("--set", "train.ema=0.9")
     plain = uninterrupted(1, text, *ema, *epochs(8))
     assert bool(plain["summary"]["cached"]) == (text is FROZEN)

@@ -90,6 +90,16 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         [*LOGISTIC, "data.split.validation=0", 'train.best_metric="last"', "transfer.C=[1.0]", "transfer.refit=true"],
         [*LOGISTIC, "transfer.refit=true"],
     ),
+    (
+        'error: transfer.l2_sp: with mode "lora", optimizer.weight_decay already pulls',
+        ['transfer.mode="lora"', "transfer.l2_sp=0.1"],
+        ["transfer.l2_sp=0.1"],
+    ),
+    (
+        'error: transfer.lora_rank: only mode "lora" uses it, not "finetune"',
+        ["transfer.lora_rank=4"],
+        ['transfer.mode="lora"', "transfer.lora_rank=4", 'transfer.lora_targets=["layer4.*"]'],
+    ),
     ("error: model.name: torchvision has no model", ['model.name="resnet19"'], ['model.name="resnet34"']),
     ("error: model.name: torchvision has no model", ['model.name="hf-hub:evil/model"'], []),
     ("error: model.name: source", [*CONVNET, 'model.name="x"'], CONVNET),

@@ -107,6 +107,8 @@ WITH_EFFECT = {
     "split": ("data.split.seed = [0, 1]", ()),
     "share": ("data.split.validation = [0.2, 0.3]", ()),
     "blocks": ("model.convnet.blocks = [[{ channels = 4 }], [{ channels = 5 }]]", ()),
+    "rank of LoRA": ("transfer.lora_rank = [1, 2]", ('transfer.mode="lora"', 'model.weights="file:w.pth"')),
+    "scale of LoRA": ("transfer.lora_alpha = [1.0, 2.0]", ('transfer.mode="lora"', 'model.weights="file:w.pth"')),
     "first values": ('model.convnet.init = ["default", "gaussian"]', ()),
     "dropout": ("model.head.dropout = [0.1, 0.5]", ()),
     "batch": ("train.batch_size = [8, 16]", ()),

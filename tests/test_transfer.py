@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -79,7 +80,7 @@ MODELS: dict[str, tuple[ModelConfig, int, list[str], list[str], str, list[list[s
         [["blocks.11", "norm"], ["blocks.10"]],
     ),
 }
-# Which of backbone (B), classifier below the head (C) and head (H) train in each mode.
+# Which of backbone (B), classifier below the head (C), head (H) and factors of LoRA (L) train in each mode.
 MODES: dict[str, tuple[TransferConfig, str]] = {
     "scratch": (TransferConfig(mode="scratch"), "BCH"),
     "finetune": (TransferConfig(mode="finetune"), "BCH"),
@@ -90,6 +91,7 @@ MODES: dict[str, tuple[TransferConfig, str]] = {
     "logistic": (TransferConfig(mode="logistic"), "H"),
     "gradual": (TransferConfig(mode="gradual", unfreeze_at=[2, 4]), "H"),
     "lp_ft": (TransferConfig(mode="lp_ft", probe_epochs=2), "H"),
+    "lora": (TransferConfig(mode="lora", lora_rank=2), "HL"),
 }
 
 
@@ -99,18 +101,14 @@ def _seeded() -> None:
 
 
 @cache
-def initial(name: str) -> tuple[ModelBundle, dict[str, torch.Tensor]]:
-    """Build a model once; tests that change it start from a copy of its initial state."""
+def initial(name: str) -> ModelBundle:
+    """Build a model once; tests change a copy of it."""
     table, size, *_ = MODELS[name]
-    built = build_model(table, CLASSES, 3, size)
-    return built, {key: value.clone() for key, value in built.module.state_dict().items()}
+    return build_model(table, CLASSES, 3, size)
 
 
 def fresh(name: str) -> ModelBundle:
-    built, state = initial(name)
-    built.module.load_state_dict(state)
-    built.module.zero_grad(set_to_none=True)
-    return built
+    return copy.deepcopy(initial(name))
 
 
 def names_under(module: nn.Module, prefixes: list[str]) -> set[str]:
@@ -146,9 +144,11 @@ def train_two_steps(
 def test_exactly_the_trainable_parameters_change(name: str, mode: str) -> None:
     table, trains = MODES[mode]
     built = fresh(name)
-    before = {key: value.clone() for key, value in built.module.state_dict().items()}
     transfer = apply_transfer(built, table)
+    before = {key: value.clone() for key, value in built.module.state_dict().items()}
     expected = names_under(built.module, expected_trainable(name, trains))
+    if "L" in trains:
+        expected |= {key for key in before if key.endswith((".lora_A", ".lora_B"))}
     assert set(transfer.trainable) == expected
 
     optimizer = train_two_steps(name, transfer, param_groups(built, table, SGD))
@@ -439,6 +439,7 @@ def test_a_newly_initialized_small_stem_is_not_frozen() -> None:
         ("tf_efficientnet_lite0", "linear_probe", "classifier"),
         ("vit_tiny_patch16_224", "linear_probe", "head"),
         ("resnet18", "backbone_only", None),
+        ("resnet18", "lora", None),
         ("vit_tiny_patch16_224", "finetune", None),
     ],
 )
@@ -446,19 +447,16 @@ def test_the_frozen_prefix_and_the_tail_compute_the_whole_model(name: str, mode:
     built = fresh(name)
     transfer = apply_transfer(built, TransferConfig(mode=mode))  # type: ignore[arg-type]
     key_dropout_layers(built.module, 0)
-    try:
-        assert find_frozen_backbone(transfer) == tail
-        if tail is None:
-            return
-        x = torch.randn(3, 3, MODELS[name][1], MODELS[name][1])
-        state = {key: value.clone() for key, value in built.module.state_dict().items()}
-        assert backbone_is_deterministic(built.module, tail, x)
-        assert all(torch.equal(value, state[key]) for key, value in built.module.state_dict().items())
-        features = prefix_features(built.module, tail, x)
-        built.module.eval()
-        assert torch.equal(built.module.get_submodule(tail)(features), built.module(x))
-    finally:
-        initial.cache_clear()  # dropout was replaced
+    assert find_frozen_backbone(transfer) == tail
+    if tail is None:
+        return
+    x = torch.randn(3, 3, MODELS[name][1], MODELS[name][1])
+    state = {key: value.clone() for key, value in built.module.state_dict().items()}
+    assert backbone_is_deterministic(built.module, tail, x)
+    assert all(torch.equal(value, state[key]) for key, value in built.module.state_dict().items())
+    features = prefix_features(built.module, tail, x)
+    built.module.eval()
+    assert torch.equal(built.module.get_submodule(tail)(features), built.module(x))
 
 
 def test_dropout_before_the_last_layer_is_part_of_the_tail() -> None:

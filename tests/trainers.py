@@ -107,6 +107,13 @@ mode = "gradual"
 unfreeze_at = [2, 4]
 """
 
+LORA = f"""{PRETRAINED}
+[transfer]
+mode = "lora"
+lora_rank = 2
+lora_alpha = 1.0
+"""
+
 EMA = ("--set", "train.ema=0.9", "--set", "train.ema_steps=2", "--set", "train.max_grad_norm=1.0",
        "--set", 'train.best_metric="val/loss"')  # fmt: skip
 """Settings for STATEFUL."""

@@ -31,7 +31,7 @@ from toolkit.training.console import table
 from toolkit.training.evaluation import evaluate
 from toolkit.training.resume import check_recipe
 from toolkit.training.task import EvalResult, Task, task_from_dict
-from toolkit.training.trained_model import TrainedModel, load_model
+from toolkit.training.trained_model import TrainedModel, load_model, load_state
 
 PREFIXES = {"validation": "val_", "test": "test_"}
 """Prefix of each split's metrics in summary.json; there are none for training images without augmentation."""
@@ -248,11 +248,7 @@ def load_last_model(run: Run, module: nn.Module, epoch: int) -> bool:
     content = None if path is None else load_checkpoint(path)
     if content is None or content["position"]["epoch"] != epoch or content["position"]["step"]:
         return False
-    module.load_state_dict(content["model"])
-    named = dict(module.named_parameters()) | dict(module.named_buffers())
-    with torch.no_grad():
-        for name, average in content["ema"].items():
-            named[name].copy_(average)
+    load_state(module, content["model"] | content["ema"])
     return True
 
 

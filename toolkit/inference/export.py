@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from toolkit.errors import RunFailed, UserError, first_line, missing_package
 from toolkit.inference.evaluate import load_last_model, split_images
 from toolkit.inference.timm_config import fits_timm, timm_config, transform_note
+from toolkit.models.build import build_model
+from toolkit.models.lora import frozen_hash, is_lora, without_base
 from toolkit.models.pretrained import is_file_reference, pack_state
 from toolkit.recipe.image_size import size_text
 from toolkit.recipe.schema import ModelConfig
 from toolkit.runs import open_run
 from toolkit.similar_names import did_you_mean
-from toolkit.training.trained_model import TrainedModel, load_model, model_card
+from toolkit.training.checkpoint import load_weights
+from toolkit.training.trained_model import UPDATE, TrainedModel, load_model, model_card
 
 IMAGES = 64
 BATCHES = (1, 5, 26, 32)
@@ -86,6 +89,8 @@ def export(path: Path, name: str, folder: Path | None = None, epoch: str = "best
     chosen = _format(name)
     if epoch not in EPOCHS:
         raise UserError(f"--epoch {epoch}: expected {' or '.join(EPOCHS)}")
+    if epoch == "last" and name == "lora":
+        raise UserError("--format lora exports the best epoch only; use safetensors")
     trained = load_model(path)
     if epoch == "last":
         _load_last(path, trained)
@@ -303,9 +308,13 @@ def _sample(trained: TrainedModel) -> Tensor:
 def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
     """Write weights and model.json, which `toolkit predict` and `load_model` read."""
     _write_weights(trained, folder)
-    config = portable(trained.table)
-    card = model_card(
-        config,
+    write_json(folder / "model.json", _model_card(trained, portable(trained.table)))
+
+
+def _model_card(trained: TrainedModel, table: ModelConfig) -> dict[str, Any]:
+    """Return the content of model.json with ``table`` as the model config."""
+    return model_card(
+        table,
         trained.classes,
         trained.task,
         trained.preprocessing,
@@ -313,7 +322,21 @@ def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
         trained.recipe,
         trained.train_preprocessing,
     )
-    write_json(folder / "model.json", card)
+
+
+def _write_lora(trained: TrainedModel, folder: Path) -> None:
+    """Write what a run with transfer.mode = "lora" trained, and the hash of the frozen pretrained weights.
+
+    `load_model` reads the pretrained weights from where the recipe names them, so that a path stays as it is.
+    """
+    state = load_weights(trained.weights)
+    if not any(map(is_lora, state)):
+        raise UserError('--format lora is for runs with transfer.mode = "lora"; use safetensors')
+    base = build_model(trained.table, len(trained.classes), trained.preprocessing.channels, trained.train_size)
+    update = without_base(state, base.module.state_dict())
+    (folder / UPDATE).write_bytes(pack_state(update))
+    card = _model_card(trained, trained.table)
+    write_json(folder / "model.json", card | {"frozen_sha256": frozen_hash(base.module.state_dict(), update)})
 
 
 def _write_weights(trained: TrainedModel, folder: Path) -> None:
@@ -401,4 +424,5 @@ FORMATS = {
     "torch-export": ExportFormat(_write_program, _read_program),
     "safetensors": ExportFormat(_write_safetensors, _read_safetensors),
     "timm": ExportFormat(_write_timm, _read_timm),
+    "lora": ExportFormat(_write_lora, _read_safetensors),
 }

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from toolkit.errors import UserError
 from toolkit.models.build import ModelBundle
 from toolkit.models.layer_groups import LayerGroup, block_depths, is_under
+from toolkit.models.lora import add_lora, base_name, is_lora
 from toolkit.recipe.schema import OptimizerConfig, TransferConfig
 
 NORMALIZATION_LAYERS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -113,11 +114,14 @@ class LayerGroupSummary:
 
 
 def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
-    """Set ``requires_grad`` of all parameters and the training mode of all layers.
+    """Set ``requires_grad`` of all parameters and the training mode of all layers; add the factors of mode ``lora``.
 
     Raises UserError for a pattern without a match, if no parameter would be trained, if ``unfreeze_at`` does not fit
     the layer groups, and if a new first convolution would stay frozen.
     """
+    if table.mode == "lora":
+        excluded = [*built.heads, *([built.new_stem] if built.new_stem else [])]
+        add_lora(built.module, table.lora_rank, table.lora_alpha, table.lora_targets, excluded)
     names = [name for name, _ in built.module.named_parameters()]
     frozen, trained = _matches("freeze", table.freeze, names, built), _matches("train", table.train, names, built)
     for name, parameter in built.module.named_parameters():
@@ -157,6 +161,8 @@ def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> boo
             return is_head
         case "bias":
             return is_head or _is_bias(name)
+        case "lora":
+            return is_head or is_lora(name)
         case "norm_tuning":
             return is_head or isinstance(built.module.get_submodule(name.rpartition(".")[0]), NORMALIZATION_LAYERS)
 
@@ -176,7 +182,7 @@ def _matches(key: str, patterns: list[str], names: list[str], built: ModelBundle
     """Return the names matched by any of the patterns. Raises UserError for a pattern that matches none."""
     found: set[str] = set()
     for pattern in patterns:
-        matched = {name for name in names if fnmatchcase(name, pattern)}
+        matched = {name for name in names if fnmatchcase(base_name(name), pattern)}
         if not matched:
             raise UserError(
                 f"transfer.{key}: no parameter's name matches {pattern!r}; names are like {names[0]}, {names[-1]}, "

@@ -58,6 +58,12 @@ def transfer(recipe: Recipe) -> Iterator[Issue]:
     elif table.l2_sp and mode in ("linear_probe", "logistic") and not table.train:
         text = f'has no effect with mode "{mode}", which trains no pretrained parameters'
         yield error("transfer.l2_sp", text, "transfer.mode", at="key")
+    elif table.l2_sp and mode == "lora":
+        text = 'with mode "lora", optimizer.weight_decay already pulls the model toward the pretrained one'
+        yield error("transfer.l2_sp", text, "transfer.mode", at="key")
+    for key in ("lora_rank", "lora_alpha", "lora_targets"):
+        if mode != "lora" and getattr(table, key) != getattr(TransferConfig(), key):
+            yield error(f"transfer.{key}", f'only mode "lora" uses it, not "{mode}"', "transfer.mode", at="key")
     if table.new_layer == "freeze" and mode != "backbone_only":
         text = f'only mode "backbone_only" uses it, not "{mode}"'
         yield error("transfer.new_layer", text, "transfer.mode", at="key")

@@ -185,6 +185,7 @@ class TransferConfig(ConfigModel):
         "lp_ft",
         "norm_tuning",
         "bias",
+        "lora",
     ] = Field(
         "scratch",
         description="scratch, finetune: all parameters are trained. feature_extractor: the backbone is frozen, all "
@@ -195,8 +196,9 @@ class TransferConfig(ConfigModel):
         "groups are unfrozen from the top (see unfreeze_at). lp_ft: like linear_probe for probe_epochs, then all "
         "parameters are trained (Kumar et al. 2022, arXiv:2202.10054). norm_tuning: the new head and the scale and "
         "shift of all normalization layers are trained (Frankle et al. 2021, arXiv:2003.00152). bias: the new head and "
-        "all biases are trained (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199). Default: finetune if model.weights "
-        "is pretrained, else scratch.",
+        "all biases are trained (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199). lora: the new head and "
+        "low-rank updates of the frozen weights are trained (Hu et al. 2021, arXiv:2106.09685; see lora_rank). "
+        "Default: finetune if model.weights is pretrained, else scratch.",
     )
     C: list[Annotated[float, Field(gt=0, le=1e12)]] = Field(
         [0.001, 0.01, 0.1, 1.0, 10.0, 100.0],
@@ -208,6 +210,19 @@ class TransferConfig(ConfigModel):
         False,
         description="logistic: once C is chosen, fit again on the training and the validation images, as Kornblith et "
         "al. 2019 do. The validation metrics are those before.",
+    )
+    lora_rank: int = Field(
+        8, ge=1, le=4096, description="lora: rank of the update B A of each weight [outputs, inputs]."
+    )
+    lora_alpha: float = Field(
+        8.0, gt=0, le=1e6, description="lora: the update is multiplied by lora_alpha / lora_rank."
+    )
+    lora_targets: list[str] = Field(
+        ["*"],
+        min_length=1,
+        description="lora: patterns of the names of layers that have an update (*.attn.qkv). Possible are Linear "
+        "layers, convolutions with groups = 1, and PyTorch's MultiheadAttention, by its name for the input projection. "
+        "Default: all of them below the head.",
     )
     freeze: list[str] = Field(
         [], description="Also freeze parameters whose names match one of these patterns (features.0.*)."

@@ -331,6 +331,12 @@ def _read_filters(run: Run) -> ConvFilters:
             (layer,) = file.keys()
             before = file.get_tensor(layer)
         with safe_open(run.best_weights, "numpy") as file:
-            return ConvFilters(layer, before, file.get_tensor(layer))
-    except (SafetensorError, FileNotFoundError) as error:
+            if layer in file.keys():  # noqa: SIM118 (the file is no mapping)
+                return ConvFilters(layer, before, file.get_tensor(layer))
+        from safetensors.torch import load_file
+
+        from toolkit.models.lora import merge_lora
+
+        return ConvFilters(layer, before, merge_lora(load_file(run.best_weights))[layer].numpy())
+    except (SafetensorError, FileNotFoundError, KeyError) as error:
         raise UserError(f"{run.checkpoints}: the weights cannot be read ({error})") from None

@@ -185,9 +185,11 @@ def _network(recipe: Recipe) -> Hashable:
         unfrozen = param_groups(built, recipe.transfer, recipe.optimizer)
     described = tuple((g["name"], len(g["params"]), g["lr"], g["lr_scale"], g["weight_decay"]) for g in groups)
     later = tuple((g["name"], g["lr"], g["weight_decay"]) for g in unfrozen)
+    table = recipe.transfer
+    lora = (table.lora_rank, table.lora_alpha) if table.mode == "lora" else ()
     settings = sorted({(group["lr"], group["weight_decay"]) for group in groups})
     steps = _steps(recipe.optimizer, settings), _around_steps(recipe.optimizer), recipe.transfer.l2_sp
-    return model, tuple(trained), in_eval_mode, described, later, steps
+    return model, tuple(trained), in_eval_mode, lora, described, later, steps
 
 
 def _classes(recipe: Recipe) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 
 from toolkit.distributed.process import StopTraining, broadcast_object
 from toolkit.errors import Interrupted, RunFailed
+from toolkit.models.lora import merge_lora
 from toolkit.runs import Run
 from toolkit.training.checkpoint import best_path, link_best
 from toolkit.training.classification_metrics import CURVE_COLUMNS, curve_rows
@@ -112,9 +113,9 @@ def _evaluate_both(training: Trainer) -> _FinalModels:
 def _verify_equal(training: Trainer, written: nn.Module) -> None:
     """Raise RunFailed unless the saved weights exactly equal those in memory; for runs without validation."""
     with training.averaged_weights():
-        trained = training.setup.built.module.state_dict()
-        found = written.state_dict()
-        unlike = [name for name, value in trained.items() if not torch.equal(value, found[name])]
+        state = {name: value.cpu() for name, value in training.setup.built.module.state_dict().items()}
+    found = written.state_dict()
+    unlike = [name for name, value in merge_lora(state).items() if not torch.equal(value, found[name].cpu())]
     if unlike:
         raise RunFailed(
             f"best.safetensors does not hold the weights of the last epoch: {', '.join(unlike[:3])} "

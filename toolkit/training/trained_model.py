@@ -21,6 +21,7 @@ from toolkit.data.image_sources import EncodedImages
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.models.build import build_model
+from toolkit.models.lora import frozen_hash, merge_lora
 from toolkit.plugins import Plugin, add, find, is_loaded
 from toolkit.reading import Shape, UnreadableFile, check_shape, read_json
 from toolkit.recipe.earlier_versions import update_model
@@ -34,7 +35,10 @@ from toolkit.training.task import Task, task_from_dict
 FORMAT = 1
 """Version of model.json."""
 
-WEIGHTS = ("best.safetensors", "model.safetensors", "last.safetensors")
+UPDATE = "lora.safetensors"
+"""Name of a file that lacks the frozen pretrained weights, written by `toolkit export --format lora`."""
+
+WEIGHTS = ("best.safetensors", "model.safetensors", "last.safetensors", UPDATE)
 """Names of the weights file in a run, in a folder written by `toolkit export`, and in the last model on W&B."""
 
 
@@ -70,6 +74,7 @@ class _Card(Shape):
     preprocessing: _Preprocessing
     train_preprocessing: _Preprocessing | None = None
     transforms: list[dict[str, Any]] = Field([])
+    frozen_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,8 @@ def model_card(
 def load_model(path: str | os.PathLike[str], *, model: Object | None = None) -> TrainedModel:
     """Load the model of a run directory, a run's ``checkpoints`` folder, or any folder with model.json and weights.
 
+    The pretrained weights are only needed for a folder that `toolkit export --format lora` wrote.
+
     ``model``: the factory of a model that :func:`fit` was given. Raises UserError if a file is missing or damaged, if
     the two do not belong together, if the model is a plugin that is not loaded, or if ``model`` is given for another
     model.
@@ -180,8 +187,17 @@ def load_model(path: str | os.PathLike[str], *, model: Object | None = None) -> 
     size = in_training.image_size
     try:
         with torch.inference_mode(False):  # building a model uses autograd, and the caller may be in inference mode
-            built = build_model(table, len(classes), preprocessing.channels, size, load_weights=False)
-        built.module.load_state_dict(_versioned(built.module, load_weights(weights)))
+            is_update = weights.name == UPDATE
+            built = build_model(table, len(classes), preprocessing.channels, size, load_weights=is_update)
+        state = load_weights(weights)
+        if is_update:
+            base = built.module.state_dict()
+            if frozen_hash(base, state) != card.get("frozen_sha256"):
+                raise UserError(
+                    f"{weights} was trained on other pretrained weights than model.weights = {table.weights!r} are here"
+                )
+            state = base | state
+        load_state(built.module, state)
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"{weights} does not belong to {folder / 'model.json'}: {error}") from None
     _check_finished(folder, weights, classes)
@@ -223,11 +239,15 @@ def _check_finished(folder: Path, weights: Path, classes: list[str]) -> None:
             raise UserError(f"{folder}: {fault}: it was edited, or belongs to another run. Restore the run's own file")
 
 
-def _versioned(module: nn.Module, state: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """Add the layers' version metadata to a state dict: safetensors drops it, and MNASNet requires it."""
-    versioned = OrderedDict(state)
+def load_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a state dict that training wrote into a new model, with the factors of LoRA merged into the weights.
+
+    Adds the layers' version metadata: safetensors drops it, and MNASNet requires it. Raises RuntimeError if names or
+    shapes differ.
+    """
+    versioned = OrderedDict(merge_lora(state))
     versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
-    return versioned
+    module.load_state_dict(versioned)
 
 
 def _model_folder(path: Path) -> Path:
