@@ -13,8 +13,11 @@ from toolkit.recipe.toml_writer import toml_document
 MOMENTUM = 0.9
 """Default momentum of sgd and nag."""
 
-GAMMA = {"step": 0.1, "exponential": 0.95, "plateau": 0.1}
+GAMMA = {"step": 0.1, "multi_step": 0.1, "exponential": 0.95, "plateau": 0.1}
 """Default decay factors of the schedules that have one."""
+
+DECAY_FRACTION = {"flat_cosine": 0.25, "wsd": 0.2}
+"""Default decay_fraction of the schedules that have one."""
 
 NOT_HASHED = (
     "slurm", "study", "tracking", "checkpoint", "expected_metrics", "recipe.description", "recipe.run_root",
@@ -36,6 +39,8 @@ def with_defaults(recipe: Recipe) -> Recipe:
         optimizer = optimizer.model_copy(update={"momentum": MOMENTUM})
     if scheduler.gamma is None and scheduler.name in GAMMA:
         scheduler = scheduler.model_copy(update={"gamma": GAMMA[scheduler.name]})
+    if scheduler.decay_fraction is None and scheduler.name in DECAY_FRACTION:
+        scheduler = scheduler.model_copy(update={"decay_fraction": DECAY_FRACTION[scheduler.name]})
     data = recipe.data
     if data.split.seed == "recipe.seed":
         split = data.split.model_copy(update={"seed": recipe.recipe.seed})

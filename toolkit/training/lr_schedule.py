@@ -19,6 +19,7 @@ import numpy as np
 from toolkit.errors import UserError, first_line
 from toolkit.metrics import higher_is_better
 from toolkit.plugins import PREFIX, Plugin, find
+from toolkit.recipe.resolve import DECAY_FRACTION, GAMMA
 from toolkit.recipe.schema import Recipe, SchedulerConfig
 from toolkit.recipe.training_schema import SCHEDULE_KEYS
 
@@ -84,7 +85,7 @@ def _base(table: SchedulerConfig, epoch: float, epochs: float) -> float:
         case "polynomial":
             return math.pow(1 - _share(epoch, start, epochs), table.power)
         case "flat_cosine" | "wsd":
-            share = _share(epoch, (1 - decay_fraction_of(table)) * epochs, epochs)
+            share = _share(epoch, (1 - _decay_fraction(table)) * epochs, epochs)
             if table.name == "flat_cosine":
                 return _cosine_between(1.0, 0.0, share)
             return 1 - (share if table.decay_type == "linear" else math.sqrt(share))
@@ -153,17 +154,12 @@ def _cosine_between(start: float, end: float, share: float) -> float:
 
 
 def gamma_of(table: SchedulerConfig) -> float:
-    """Return the recipe's gamma, or the default of the schedule: 0.95 for exponential, otherwise 0.1."""
-    if table.gamma is not None:
-        return table.gamma
-    return 0.95 if table.name == "exponential" else 0.1
+    """Return the recipe's gamma, or the default of the schedule."""
+    return table.gamma if table.gamma is not None else GAMMA.get(table.name, 0.1)
 
 
-def decay_fraction_of(table: SchedulerConfig) -> float:
-    """Return the recipe's decay_fraction, or the default of the schedule: 0.25 for flat_cosine, 0.2 for wsd."""
-    if table.decay_fraction is not None:
-        return table.decay_fraction
-    return 0.25 if table.name == "flat_cosine" else 0.2
+def _decay_fraction(table: SchedulerConfig) -> float:
+    return table.decay_fraction if table.decay_fraction is not None else DECAY_FRACTION[table.name]
 
 
 def epoch_rank(record: dict[str, Any], best_metric: str) -> tuple[float, float]:
