@@ -21,6 +21,7 @@ CONDITIONS = (
     "model.weights",
     "transfer.mode",
     "train.epochs",
+    "train.steps",
 )
 """Recipe keys whose values must equal those of the publication for a comparison to be meaningful."""
 

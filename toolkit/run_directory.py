@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import sys
@@ -308,6 +309,14 @@ class RunDirectory:
     def epoch_records(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl written at the end of an epoch."""
         return [record for record in self.metric_records() if "train/loss" in record]
+
+    def planned_epochs(self) -> int | None:
+        """Return the number of epochs of the whole run; None for a run by steps until its first epoch has ended."""
+        train = self.recipe.train
+        if train.epochs is not None:
+            return math.ceil(train.epochs)
+        first = next(iter(self.epoch_records()), None)
+        return None if first is None or train.steps is None else math.ceil(train.steps / first["step"])
 
     def prediction_records(self) -> list[dict[str, str]]:
         """Return the rows of predictions.csv, in the order of the data set.

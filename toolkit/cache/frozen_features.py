@@ -95,7 +95,7 @@ class Features:
         recipe = self.setup.recipe
         if split != "train" or is_deterministic("train", recipe.augment):
             return [EVALUATION]
-        return list(range(min(recipe.data.fixed_views or 1, recipe.train.epochs)))
+        return list(range(min(recipe.data.fixed_views or 1, self.setup.length.epochs)))
 
     def why_not_cached(self, sample: Tensor) -> str:
         """Return why features cannot be cached ("" if they can): not deterministic on ``sample``, or too large."""

@@ -302,7 +302,7 @@ def _state_row(state: JobStatus) -> list[str]:
         f"{path.parent.name}/{path.name}",
         state.job or "-",
         state.state,
-        f"{state.epoch}/{state.epochs}" if state.state != "damaged" else "-",
+        f"{state.epoch}/{state.epochs or '?'}" if state.state != "damaged" else "-",
         times if state.requeued else "-",
         state.detail,
     ]

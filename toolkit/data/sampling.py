@@ -12,6 +12,7 @@ guarantees. Permutations and choices are derived from it here, so they are the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from toolkit.errors import UserError
 from toolkit.formatting import plural
+from toolkit.recipe.schema import TrainConfig
 
 if TYPE_CHECKING:
     from toolkit.recipe.schema import TrainConfig
@@ -151,6 +153,44 @@ def steps_per_epoch(n: int, batch_size: int, drop_last: bool) -> int:
     return n // batch_size if drop_last else -(-n // batch_size)
 
 
+@dataclass(frozen=True)
+class RunLength:
+    """Number of optimizer steps and epochs of a run, whose last epoch may end early."""
+
+    steps_per_epoch: int
+    steps: int
+    """Optimizer steps of the whole run."""
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs, including the last one, which may end early."""
+        return -(-self.steps // self.steps_per_epoch)
+
+    @property
+    def exact_epochs(self) -> float:
+        """Number of epochs as a fraction: 9.9 if the last of 10 epochs ends after nine tenths of its steps."""
+        return self.steps / self.steps_per_epoch
+
+    def steps_in(self, epoch: int) -> int:
+        """Return the number of optimizer steps in an epoch, counted from 0."""
+        return self.steps - epoch * self.steps_per_epoch if epoch == self.epochs - 1 else self.steps_per_epoch
+
+    def steps_until(self, epoch: int) -> int:
+        """Return the number of optimizer steps in the first ``epoch`` epochs."""
+        return min(epoch * self.steps_per_epoch, self.steps)
+
+
+def run_length(train: TrainConfig, images: int) -> RunLength:
+    """Return the length of a run with so many training images.
+
+    A fraction of an epoch is rounded up to whole steps.
+    """
+    per_epoch = steps_per_epoch(images, train.batch_size, train.drop_last)
+    if train.epochs is None:
+        return RunLength(per_epoch, train.steps or 0)
+    return RunLength(per_epoch, max(1, math.ceil(round(train.epochs * per_epoch, 6))))
+
+
 def plan_epoch(
     n: int,
     *,
@@ -161,8 +201,11 @@ def plan_epoch(
     rank: int,
     mixing: bool,
     first_step: int = 0,
+    steps: int | None = None,
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batches of process ``rank`` of ``world`` in an epoch of n images, starting at ``first_step``.
+
+    ``steps``: number of optimizer steps after which the epoch ends; None: all.
 
     Optimizer step s consists of ``batch_size`` consecutive indices in the epoch's order from s * batch_size on. It is
     divided into ``grad_accum_steps`` accumulation steps (fewer if it has fewer images), and each of these among the
@@ -170,7 +213,7 @@ def plan_epoch(
     last index of an odd step with itself), whatever accumulation step or process that belongs to, so the pairs depend
     neither on accumulation nor on the number of processes.
     """
-    for step in range(first_step, steps_per_epoch(n, batch_size, drop_last)):
+    for step in range(first_step, steps_per_epoch(n, batch_size, drop_last) if steps is None else steps):
         start = step * batch_size
         count = min(batch_size, n - start)
         parts = min(grad_accum_steps, count)
@@ -238,6 +281,8 @@ class SamplingPlan:
     shards: IntArray | None = None
     """Shard of each position, int64 [size], if the order is limited to a few at a time by :func:`limit_to_shards`."""
     shards_at_once: int = 1
+    length: RunLength | None = None
+    """Length of the run, whose last epoch may end early; None: all epochs are whole."""
 
     @property
     def steps(self) -> int:
@@ -265,6 +310,7 @@ class SamplingPlan:
             rank=0 if self.virtual else self.rank,
             mixing=self.mixing,
             first_step=first_step,
+            steps=None if self.length is None else self.length.steps_in(epoch),
         )
         for micro in self._own(micro_batches) if self.virtual else micro_batches:
             positions = order[micro.positions]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from toolkit.cache.frozen_features import tail_of
+from toolkit.data.sampling import run_length
 from toolkit.estimate.resources import plan
 from toolkit.formatting import duration
 from toolkit.models.build import build_model
@@ -29,9 +30,10 @@ def cpu_time(recipe: Recipe, processes: int, classes: int, images: Mapping[str, 
     size, channels = found.preprocessing.image_size, found.preprocessing.channels
     built = build_model(recipe.model, classes, channels, size, load_weights=False)
     is_frozen = tail_of(recipe, apply_transfer(built, recipe.transfer)) is not None
-    passes = sum(images.values()) if is_frozen else recipe.train.epochs * images["train"]
+    epochs = run_length(recipe.train, images["train"]).exact_epochs
+    passes = sum(images.values()) if is_frozen else epochs * images["train"]
     speed = BATCH / _seconds(built.module, torch.rand(BATCH, channels, *size), backward=not is_frozen)
-    what = "each image once, since its features are cached" if is_frozen else f"{recipe.train.epochs} epochs"
+    what = "each image once, since its features are cached" if is_frozen else recipe.train.length_text
     return passes / speed, f"{duration(passes / speed)}: {what}, at {speed:,.0f} images/s without reading them"
 
 

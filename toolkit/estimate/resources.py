@@ -21,12 +21,12 @@ from toolkit.data.preprocessing import (
     resolve_preprocessing,
     training_stages,
 )
-from toolkit.data.sampling import check_batch_size, check_steps, steps_per_epoch
+from toolkit.data.sampling import RunLength, check_batch_size, check_steps, run_length
 from toolkit.data.splits import split_dataset
 from toolkit.distributed.process import autocast_dtype
 from toolkit.errors import UserError
 from toolkit.estimate.step_cost import Memory, StepCost, measure_memory, measure_step
-from toolkit.formatting import batch_split, duration, plural
+from toolkit.formatting import batch_split, duration
 from toolkit.models.build import ModelBundle, build_model, check_sizes, expected_input
 from toolkit.models.transfer import Transfer, apply_transfer
 from toolkit.recipe.image_size import size_text
@@ -81,30 +81,30 @@ class ResourceEstimate:
         return self.recipe.train.batch_size // self.processes // self.recipe.train.min_accum_steps
 
     @property
-    def steps(self) -> int | None:
-        """Optimizer steps per epoch; None if the number of images is unknown."""
-        images, train = self.contents.images, self.recipe.train
-        return steps_per_epoch(images["train"], train.batch_size, train.drop_last) if images else None
+    def length(self) -> RunLength | None:
+        """Number of optimizer steps and epochs of the run; None if the number of images is unknown."""
+        images = self.contents.images
+        return run_length(self.recipe.train, images["train"]) if images else None
 
     @property
     def seconds(self) -> float | None:
         """Training time of all epochs at the measured speed, scaled to the number of processes; None if unknown."""
-        if self.speed is None or self.contents.images is None:
+        if self.speed is None or self.contents.images is None or self.length is None:
             return None
-        speed = self.speed.images_per_s * self.processes / self.speed.processes
-        return self.contents.images["train"] * self.recipe.train.epochs / speed
+        speed: float = self.speed.images_per_s * self.processes / self.speed.processes
+        return self.contents.images["train"] * self.length.exact_epochs / speed
 
     def to_json(self) -> dict[str, Any]:
         """Return all values; sizes in bytes, times in seconds."""
-        epochs = self.recipe.train.epochs
+        length = self.length
         return {
             "recipe": self.recipe.recipe.name,
             "images": self.contents.images,
             "classes": self.contents.classes,
             "input": [self.preprocessing.channels, *self.preprocessing.image_size],
-            "epochs": epochs,
-            "steps_per_epoch": self.steps,
-            "steps": self.steps * epochs if self.steps is not None else None,
+            "epochs": self.recipe.train.epochs if length is None else length.epochs,
+            "steps_per_epoch": None if length is None else length.steps_per_epoch,
+            "steps": self.recipe.train.steps if length is None else length.steps,
             "batch_size": self.recipe.train.batch_size,
             "processes": self.processes,
             "grad_accum_steps": self.recipe.train.grad_accum_steps,
@@ -215,7 +215,7 @@ def _measure(
     def build() -> tuple[ModelBundle, Transfer]:
         built = build_model(recipe.model, classes, shape[1], shape[2:], load_weights=False)
         transfer = apply_transfer(built, recipe.transfer)
-        transfer.unfreeze_for_epoch(recipe.train.epochs)  # gradual, lp_ft: the final stage
+        transfer.unfreeze_for_epoch(transfer.last_unfreezing)  # gradual, lp_ft: the final stage
         transfer.train_mode()
         return built, transfer
 
@@ -318,10 +318,12 @@ def _memory_rows(memory: Memory) -> list[tuple[str, int]]:
 
 
 def _steps_text(found: ResourceEstimate) -> str:
-    epochs = found.recipe.train.epochs
-    if found.steps is None:
-        return plural(epochs, "epoch")
-    return f"{found.steps:,} per epoch, {found.steps * epochs:,} in {plural(epochs, 'epoch')}"
+    text, length = found.recipe.train.length_text, found.length
+    if length is None:
+        return text
+    if found.recipe.train.steps is not None:
+        return f"{length.steps_per_epoch:,} per epoch, {length.steps:,} in {length.exact_epochs:.4g} epochs"
+    return f"{length.steps_per_epoch:,} per epoch, {length.steps:,} in {text}"
 
 
 def _time_text(found: ResourceEstimate) -> str:

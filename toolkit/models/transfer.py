@@ -65,6 +65,11 @@ class Transfer:
                 return []
 
     @property
+    def last_unfreezing(self) -> int:
+        """Epoch, from 1, at the start of which the last layer group begins to train."""
+        return max(self._unfreeze_at, default=1)
+
+    @property
     def pretrained(self) -> list[str]:
         """Names of the parameters that are pretrained and trained in some epoch."""
         return [name for name in self.ever_trained if is_pretrained(self.built, name)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator
 from itertools import pairwise
-from math import floor
+from math import ceil, floor
 
 from toolkit.data.dataset_info import info_of
 from toolkit.errors import UserError
@@ -45,8 +45,9 @@ def transfer(recipe: Recipe) -> Iterator[Issue]:
         yield error("transfer.unfreeze_at", text, "transfer.mode", at="key")
     if any(later <= earlier for earlier, later in pairwise(at)):
         yield error("transfer.unfreeze_at", "the epochs must be increasing")
-    if at and max(at) > recipe.train.epochs:
-        text = f"epoch {max(at)} is beyond the run's {recipe.train.epochs} epochs"
+    epochs = recipe.train.epochs
+    if at and epochs is not None and max(at) > ceil(epochs):
+        text = f"epoch {max(at)} is beyond the run's {recipe.train.length_text}"
         yield error("transfer.unfreeze_at", text, "train.epochs")
     yield from _lp_ft(recipe)
     if table.layer_decay_by == "block" and table.layer_decay == 1:
@@ -81,8 +82,8 @@ def _lp_ft(recipe: Recipe) -> Iterator[Issue]:
     if table.probe_epochs is None:
         hint = "for example probe_epochs = 5"
         yield error("transfer.mode", '"lp_ft" needs probe_epochs', "transfer.probe_epochs", hint=hint)
-    elif table.probe_epochs >= epochs:
-        text = f"{table.probe_epochs} epochs leave none of the run's {epochs} for fine-tuning"
+    elif epochs is not None and table.probe_epochs >= epochs:
+        text = f"{table.probe_epochs} epochs leave none of the run's {epochs:g} for fine-tuning"
         yield error("transfer.probe_epochs", text, "train.epochs")
     if recipe.train.grad_accum_steps == "auto":
         text = '"auto" is not possible with transfer.mode = "lp_ft", whose two phases need different memory'
@@ -273,16 +274,16 @@ def scheduler(recipe: Recipe) -> Iterator[Issue]:
     """Check that the schedule fits the run; warn about keys that it does not use."""
     table, epochs, default = recipe.scheduler, recipe.scheduled_epochs, SchedulerConfig()
     if table.warmup_epochs >= epochs:
-        text = f"a warm-up of {table.warmup_epochs:g} epochs is not shorter than the run of {epochs}"
+        text = f"a warm-up of {table.warmup_epochs:g} epochs is not shorter than the run of {epochs:g}"
         yield error("scheduler.warmup_epochs", text, "train.epochs")
     if table.name == "step" and table.step_size is not None and table.step_size >= epochs:
-        text = f"a period of {table.step_size} epochs has no effect in a run of {epochs}"
+        text = f"a period of {table.step_size} epochs has no effect in a run of {epochs:g}"
         yield warning("scheduler.step_size", text, "train.epochs", "scheduler.name")
     if table.name == "multi_step" and max(table.milestones) >= epochs:
-        text = f"a milestone at epoch {max(table.milestones):g} has no effect in a run of {epochs}"
+        text = f"a milestone at epoch {max(table.milestones):g} has no effect in a run of {epochs:g}"
         yield warning("scheduler.milestones", text, "train.epochs", "scheduler.name")
     if table.T_0 is not None and table.name == "cosine_restarts" and table.warmup_epochs + table.T_0 >= epochs:
-        text = f"the first cycle ends at epoch {table.warmup_epochs + table.T_0:g}: no restart in a run of {epochs}"
+        text = f"the first cycle ends at epoch {table.warmup_epochs + table.T_0:g}: no restart in a run of {epochs:g}"
         yield warning("scheduler.T_0", text, "train.epochs", "scheduler.warmup_epochs", "scheduler.name")
     for key, users in SCHEDULE_KEYS.items():
         if table.name not in users and getattr(table, key) != getattr(default, key):
@@ -299,7 +300,7 @@ def early_stopping(recipe: Recipe) -> Iterator[Issue]:
     """Warn if early stopping cannot happen within the run, or has a min_delta but no patience."""
     table, epochs = recipe.early_stopping, recipe.scheduled_epochs
     if table.patience is not None and table.patience >= epochs:
-        text = f"{table.patience} epochs without improvement cannot occur in a run of {epochs}"
+        text = f"{table.patience} epochs without improvement cannot occur in a run of {epochs:g}"
         yield warning("early_stopping.patience", text, "train.epochs")
     if table.patience is None and table.min_delta:
         text = "has no effect without patience"

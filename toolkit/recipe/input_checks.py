@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil
 from typing import Any
 
 from toolkit.data.dataset_info import info_of
@@ -59,7 +60,7 @@ def _other_sizes(recipe: Recipe, size: Size | None) -> Iterator[Issue]:
     if stages and size is not None and stages[-1] != size:
         text = f"the last size is {size_text(stages[-1])}, but it must be data.image_size, which is {size_text(size)}"
         yield error("data.progressive_sizes", text, "data.image_size", "model.weights")
-    if len(stages) > recipe.train.epochs:
+    if recipe.train.epochs is not None and len(stages) > ceil(recipe.train.epochs):
         text = f"{len(stages)} sizes need at least {len(stages)} epochs"
         yield error("data.progressive_sizes", text, "train.epochs")
     others = {"data.progressive_sizes": stages}

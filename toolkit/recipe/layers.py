@@ -30,6 +30,8 @@ MAX_NESTING = 12
 """Maximum nesting of tables and lists; the recipe language itself needs 5."""
 
 SET = "--set"
+REPLACES: dict[KeyPath, str] = {("train", "epochs"): "steps", ("train", "steps"): "epochs"}
+"""Keys that exclude another one of the same table: set by a later source, they remove it."""
 _BARE_WORD = re.compile(r"\s*(?P<word>(?:[^\W\d]|~?/|\.\.?/)[\w./:+~-]*)\s*(?:#.*)?\Z")
 _DOTTED_RUN = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")
 
@@ -64,13 +66,19 @@ class LayeredConfig:
     origins: dict[KeyPath, ConfigLayer] = field(default_factory=dict)
 
     def add(self, source: ConfigLayer) -> None:
-        """Merge a source into the values: tables are merged key by key, everything else is replaced."""
+        """Merge a source into the values: tables are merged key by key, everything else is replaced.
+
+        A key in :data:`REPLACES` also removes the key that it excludes, if an earlier source has set it.
+        """
         self._add(self.data, source.data, (), source)
 
     def _add(self, into: dict[str, Any], new: dict[str, Any], path: KeyPath, source: ConfigLayer) -> None:
         for key, value in new.items():
             key_path = (*path, key)
             self.origins[key_path] = source
+            if (other := REPLACES.get(key_path)) is not None and other not in new:
+                into.pop(other, None)
+                self.origins.pop((*path, other), None)
             if isinstance(value, dict):
                 if not isinstance(into.get(key), dict):
                     into[key] = {}

@@ -11,6 +11,7 @@ and accuracies.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -218,9 +219,15 @@ class Recipe(ConfigModel):
     """A complete recipe."""
 
     @property
-    def scheduled_epochs(self) -> int:
-        """Number of epochs that [scheduler] covers: all of the run, except those of lp_ft's probe."""
-        return max(self.train.epochs - self.transfer.epochs_of_probe, 1)
+    def scheduled_epochs(self) -> float:
+        """Number of epochs that [scheduler] covers: all of the run, except those of lp_ft's probe.
+
+        Infinite for a run by steps, whose epochs depend on the number of images.
+        """
+        if self.train.epochs is None:
+            return math.inf
+        left = self.train.epochs - self.transfer.epochs_of_probe
+        return left if left > 0 else 1  # an error of its own
 
     @model_validator(mode="before")
     @classmethod

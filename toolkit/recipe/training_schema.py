@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from toolkit.formatting import plural
 from toolkit.recipe.base import (
     EPOCHS,
     IMAGES,
@@ -250,9 +251,22 @@ LOSS_KEYS = {
 
 
 class TrainConfig(ConfigModel):
-    """Training loop: epochs, batch size, precision, model selection."""
+    """Training loop: length, batch size, precision, model selection."""
 
-    epochs: int = Field(ge=1, le=1_000_000, description="Maximum number of training epochs.", json_schema_extra=EPOCHS)
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        le=1_000_000,
+        description="Maximum number of training epochs. With a fraction, such as 9.9, the last epoch ends early.",
+        json_schema_extra=EPOCHS,
+    )
+    steps: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000_000,
+        description="Maximum number of optimizer steps, in place of epochs. The last epoch may end early.",
+        json_schema_extra=STEPS,
+    )
     batch_size: int = Field(
         ge=1,
         description="Images per optimizer step, over all processes and accumulation steps.",
@@ -358,6 +372,19 @@ class TrainConfig(ConfigModel):
         0, ge=0, description="Also log loss and accuracy every N steps; 0 disables.", json_schema_extra=STEPS
     )
 
+    @field_validator("epochs")
+    @classmethod
+    def _whole_epochs_are_an_integer(cls, value: float | None) -> float | None:
+        return int(value) if value is not None and value == int(value) else value
+
+    @model_validator(mode="after")
+    def _length_is_given_once(self) -> TrainConfig:
+        if self.epochs is None and self.steps is None:
+            raise ValueError("epochs or steps must be given, for example epochs = 30")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("steps and epochs exclude each other: the length of a run is given by one of them")
+        return self
+
     @field_validator("loss_args", mode="wrap")
     @classmethod
     def _plugin_has_its_own_arguments(
@@ -376,6 +403,13 @@ class TrainConfig(ConfigModel):
             return dict(dump(self))
         content: dict[str, Any] = dump(self.model_copy(update={"loss_args": LossConfig()}))
         return content | ({"loss_args": self.loss_args.given} if "loss_args" in content else {})
+
+    @property
+    def length_text(self) -> str:
+        """The length of a run as the recipe gives it: "30 epochs" or "20,000 steps"."""
+        if self.epochs is None:
+            return plural(self.steps or 0, "step")
+        return f"{self.epochs:,g} epoch{'' if self.epochs == 1 else 's'}"
 
     @property
     def own_metrics(self) -> list[str]:

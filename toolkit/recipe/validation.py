@@ -201,8 +201,8 @@ def _issue(key: _Key, kind: str) -> Issue:
         return error(path, f"expected {expected}, found {describe_value(value)}", hint=_value_hint(key, expected))
     if len(path) > 1:
         return Issue(f"{_table(path[:-1])} lacks {path[-1]}: expected {expected}", path, at="table")
-    required = [name for name, entry in key.annotation.model_fields.items() if entry.is_required()]
-    return Issue(f"table [{path[0]}] is missing", path, hint=f"it needs at least {' and '.join(required)}", at="key")
+    needed = " and ".join(PLACEHOLDERS["Recipe", str(path[0])])
+    return Issue(f"table [{path[0]}] is missing", path, hint=f"it needs at least {needed}", at="key")
 
 
 def _unknown_hint(key: _Key) -> str:

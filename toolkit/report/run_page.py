@@ -134,9 +134,17 @@ def _cards(data: RunData) -> Iterator[SummaryCard]:
     epoch: Record = next((record for record in data.epochs if record["epoch"] == data.best_epoch), {})
     if (key := headline(epoch, "val/")) in epoch:
         yield metric_of(key).label, percent(epoch[key]), f"{data.best_label} epoch, {data.best_epoch}"
-    planned = f"of {data.recipe.train.epochs}" if data.recipe else ""
+    planned = _planned(data)
     yield "epochs", str(data.last_epoch), f"{planned}{', stopped early' if data.stopped_early else ''}"
     yield from _costs(data.summary or {})
+
+
+def _planned(data: RunData) -> str:
+    """Return the planned number of epochs, "of 30"; with the length that the recipe gives if it is another one."""
+    epochs = data.run.planned_epochs() if data.recipe else None
+    if data.recipe is None or epochs is None:
+        return ""
+    return f"of {epochs}" if data.recipe.train.epochs == epochs else f"of {epochs} ({data.recipe.train.length_text})"
 
 
 def _interval(found: RunPredictions | None) -> str:

@@ -74,7 +74,8 @@ class JobStatus:
     job: str | None
     requeued: int
     epoch: int
-    epochs: int
+    epochs: int | None
+    """Number of epochs of the whole run; None for a run by steps until its first epoch has ended."""
     row: str | None = None
     """Name of the run's row in its study's table (several, joined by "; ", if rows share the run); else None."""
     seed: int | None = None
@@ -247,7 +248,7 @@ def states(runs: Sequence[Run], jobs: dict[str, QueueEntry] | None) -> list[JobS
 
 def state_of(run: Run, jobs: dict[str, QueueEntry] | None) -> JobStatus:
     """Return the state of a run, from its directory and the result of :func:`queue`."""
-    job, recipe = SlurmJob(run), run.recipe
+    job = SlurmJob(run)
     record, current = job.record, job.current
     entry = _entry(jobs or {}, record, current)
     epochs = run.epoch_records()
@@ -263,7 +264,7 @@ def state_of(run: Run, jobs: dict[str, QueueEntry] | None) -> JobStatus:
     requeued = max((start.restarts for start in starts), default=0)
     if state == "pending" and starts:
         requeued = starts[-1].restarts + 1
-    return JobStatus(str(run.path), state, detail, number, requeued, len(epochs), recipe.train.epochs)
+    return JobStatus(str(run.path), state, detail, number, requeued, len(epochs), run.planned_epochs())
 
 
 def _entry(jobs: dict[str, QueueEntry], record: dict[str, Any] | None, current: str | None) -> QueueEntry | None:
@@ -323,10 +324,10 @@ def _progress(run: Run, starts: list[JobStart], entry: QueueEntry | None) -> str
     # environment.json is written when training begins, after all imports.
     environment = run.path / "environment.json"
     begun = max(starts[-1].time, environment.stat().st_mtime) if starts and environment.exists() else None
-    done, total = len(run.epoch_records()), run.recipe.train.epochs
+    done, total = len(run.epoch_records()), run.planned_epochs()
     if begun is not None and done and run.metrics_file.stat().st_mtime > begun:
         at_start = _epochs_at(run, len(starts))
-        if done > at_start:
+        if done > at_start and total is not None:
             pace = (run.metrics_file.stat().st_mtime - begun) / (done - at_start)
             parts.append(f"about {duration(pace * (total - done))} to go")
     if entry is not None and entry.time_left not in ("", "UNLIMITED", "INVALID", "NOT_SET"):

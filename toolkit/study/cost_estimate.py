@@ -7,11 +7,13 @@ speed of this machine, with the same model and batch size or, scaled by the FLOP
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from toolkit.data.sampling import run_length
 from toolkit.errors import UserError
 from toolkit.estimate.resources import ResourceEstimate
 from toolkit.estimate.resources import plan as plan_run
@@ -170,10 +172,20 @@ class _CostModel:
     def of(self, recipe: Recipe, done: int) -> RunCost:
         found = self._plan(recipe)
         images = found.contents.images["train"] if found.contents.images else None
-        if found.contents.absent and not self.notes:
-            self.notes.append(f"the number of images is not known: {found.contents.absent}")
+        if found.contents.absent:
+            self._note(f"the number of images is not known: {found.contents.absent}")
         speed = 1 / found.speed.images_per_s if found.speed and found.speed.images_per_s else None
-        return RunCost(max(0, recipe.train.epochs - done), images, found.step.training_flops, speed)
+        epochs = math.ceil(recipe.train.epochs or 1)
+        if images:
+            length = run_length(recipe.train, images)  # the last epoch may end early
+            epochs, images = length.epochs, round(images * length.exact_epochs / length.epochs)
+        elif recipe.train.epochs is None:
+            self._note("of runs by train.steps, the number of epochs is not known: each counts as one")
+        return RunCost(max(0, epochs - done), images, found.step.training_flops, speed)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _plan(self, recipe: Recipe) -> ResourceEstimate:
         train = recipe.train.model_dump(include={"batch_size", "grad_accum_steps", "precision", "drop_last", "compile"})
@@ -215,7 +227,8 @@ def _row_cells(name: str, lines: Sequence[EstimateRow]) -> tuple[str, ...]:
     if len(changes) > MAX_CHANGES_LENGTH:
         changes = changes[: MAX_CHANGES_LENGTH - 3] + "..."
     finished = sum(line.state == "finished" for line in lines)
-    epochs = str(first.run.recipe.train.epochs)
+    train = first.run.recipe.train
+    epochs = str(train.epochs) if train.epochs is not None else train.length_text
     return name, str(len(lines)), str(finished), epochs, f"{first.cost.flops / 1e9:.3g}", changes
 
 

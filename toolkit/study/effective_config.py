@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ from toolkit.training.optimizer import build_optimizer
 
 STEPS = 8
 """Number of optimizer steps to take."""
+
+ASSUMED_EPOCHS = 100
+"""Number of epochs over which the schedules of runs by steps are compared."""
 
 ASSUMED_CLASSES = 10
 """Number of classes assumed if the data set is needed to count them and is not available."""
@@ -171,7 +175,7 @@ def _network(recipe: Recipe) -> Hashable:
     transfer = apply_transfer(built, recipe.transfer)
     groups = param_groups(built, recipe.transfer, recipe.optimizer)
     trained = [(0, tuple(transfer.trainable))]
-    for epoch in range(1, recipe.train.epochs + 1):
+    for epoch in range(1, transfer.last_unfreezing + 1):
         if transfer.unfreeze_for_epoch(epoch):
             trained.append((epoch, tuple(transfer.trainable)))
     transfer.train_mode()
@@ -264,15 +268,19 @@ def _around_steps(table: OptimizerConfig) -> Hashable:
 
 
 def _schedule(recipe: Recipe) -> Hashable:
-    """Return the learning rate at every quarter of an epoch, and the settings of plateau decay and early stopping."""
+    """Return the steps, the learning rate at every quarter of an epoch, and the settings of plateau and stopping.
+
+    Runs by steps are compared over :data:`ASSUMED_EPOCHS`, because the number of images is not known.
+    """
     table, epochs, stopping = recipe.scheduler, recipe.scheduled_epochs, recipe.early_stopping
-    curve = tuple(scheduled_rate(recipe, step / 4) for step in range(4 * recipe.train.epochs))
+    length = recipe.train.epochs or ASSUMED_EPOCHS
+    curve = tuple(scheduled_rate(recipe, step / 4, length) for step in range(math.ceil(4 * length)))
     plateau, end = None, None
     if table.name == "plateau" and gamma_of(table) < 1 and table.patience < epochs:
         plateau = table.metric, gamma_of(table), table.patience, table.threshold, table.threshold_mode, table.min_lr
     if stopping.patience is not None and stopping.patience < epochs:
         end = stopping.patience, stopping.metric, stopping.min_delta
-    return curve, plateau, end, recipe.train.best_metric
+    return recipe.train.steps, curve, plateau, end, recipe.train.best_metric
 
 
 # -- all --------------------------------------------------------------------------------------------------------------
@@ -280,7 +288,7 @@ def _schedule(recipe: Recipe) -> Hashable:
 
 def _loop_values(recipe: Recipe) -> Any:
     """Return the recipe values that the training loop uses directly: batches, loss, precision, speed settings."""
-    train = recipe.train.model_dump(exclude={"epochs", "best_metric", "log_every", "loss_args"})
+    train = recipe.train.model_dump(exclude={"epochs", "steps", "best_metric", "log_every", "loss_args"})
     loss = {key: getattr(recipe.train.loss_args, key) for key, name in LOSS_KEYS.items() if name == recipe.train.loss}
     reading = recipe.data.model_dump(include=NOT_BUILT - {"download"})
     if recipe.train.loss.startswith(PREFIX):
@@ -291,11 +299,17 @@ def _loop_values(recipe: Recipe) -> Any:
 PARTS = {
     "images": Component(lambda r: r.data.model_dump(exclude=NOT_BUILT | APPEARANCE), _images),
     "transforms": Component(lambda r: [r.data.model_dump(exclude=NOT_BUILT), r.model, r.augment], _transforms),
-    "network": Component(
-        lambda r: [r.data.model_dump(include=SHAPE), r.model, r.transfer, r.optimizer, r.train.epochs], _network
-    ),
+    "network": Component(lambda r: [r.data.model_dump(include=SHAPE), r.model, r.transfer, r.optimizer], _network),
     "schedule": Component(
-        lambda r: [r.scheduler, r.optimizer.lr, r.early_stopping, r.transfer, r.train.epochs, r.train.best_metric],
+        lambda r: [
+            r.scheduler,
+            r.optimizer.lr,
+            r.early_stopping,
+            r.transfer,
+            r.train.epochs,
+            r.train.steps,
+            r.train.best_metric,
+        ],
         _schedule,
     ),
     "loop": Component(lambda r: [_loop_values(r), r.train.loss_args], lambda r: _text(_loop_values(r))),

@@ -31,8 +31,8 @@ class StudyProgress:
         self.metric = table.metric
         self.search_epochs = None if table.bohb is None else search_epochs(table.bohb)
         self.started = time.monotonic()
-        self.planned: dict[str, int] = {}
-        """Number of epochs in each run's recipe."""
+        self.planned: dict[str, int | None] = {}
+        """Number of epochs of each run; None while it is not known."""
         self.known: dict[str, tuple[Any, RunResult]] = {}
         self.logged: dict[str, RunState] = {}
         self.live: Any = None
@@ -54,8 +54,8 @@ class StudyProgress:
         if known is not None and known[0] == (state_of(run), size):
             return known[1]
         try:
-            if run.id not in self.planned:
-                self.planned[run.id] = run.recipe.train.epochs
+            if self.planned.get(run.id) is None:
+                self.planned[run.id] = run.planned_epochs()
         except UserError as error:
             return RunResult(member, "failed", failure_reason=str(error).strip().splitlines()[0])
         result = read_result(self.folder, member)
@@ -103,7 +103,9 @@ class StudyProgress:
         """Return the number of epochs that need no further training, and the total number."""
         if self.search_epochs is not None:
             return sum(len(result.epochs) for result in runs.values()), self.search_epochs
-        planned = {name: self.planned.get(name, 0) for name in runs}
+        known = [epochs for name in runs if (epochs := self.planned.get(name)) is not None]
+        usual = round(sum(known) / len(known)) if known else 0  # of runs by steps that have not begun
+        planned = {name: self.planned.get(name) or usual for name in runs}
         done = (
             planned[name] if result.state in ("finished", "failed") else len(result.epochs)
             for name, result in runs.items()
@@ -150,7 +152,7 @@ class StudyProgress:
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         running = [(name, result) for name, result in runs.items() if result.state == "running"]
         for name, result in running[:MAX_SHOWN]:
-            table.add_row(Text(result.title), f"{len(result.epochs)}/{self.planned[name]}", self._value(result))
+            table.add_row(Text(result.title), f"{len(result.epochs)}/{self.planned[name] or '?'}", self._value(result))
         if len(running) > MAX_SHOWN:
             table.add_row(f"and {len(running) - MAX_SHOWN} more", "", "")
         return Group(Text(self.headline(runs)), table)

@@ -80,7 +80,7 @@ def _fewest(trainer: Trainer, possible: list[int]) -> int | None:
     With transfer.mode = "gradual" all layer groups are trained, but the optimizer's state of those that are unfrozen
     later is not counted.
     """
-    setup, epochs = trainer.setup, trainer.recipe.train.epochs
+    setup, epochs = trainer.setup, trainer.setup.length.epochs
     module, optimizer = setup.built.module, trainer.train_step.optimizer.optimizer
     tensors = list(itertools.chain(module.parameters(), module.buffers()))
     weights = [tensor.detach().to("cpu", copy=True) for tensor in tensors]

@@ -21,7 +21,7 @@ from toolkit.data.preprocessing import (
     resolve_preprocessing,
     training_stages,
 )
-from toolkit.data.sampling import check_steps, steps_per_epoch
+from toolkit.data.sampling import RunLength, check_steps, run_length
 from toolkit.data.shard_source import check_reading_order
 from toolkit.data.splits import SPLITS, check_splits, describe_splits, split_dataset, split_hash
 from toolkit.data.value_range import choose_range, describe_range
@@ -112,9 +112,14 @@ class TrainingContext:
         return key if shards is None else [*key, json_hash([self.recipe.data.shuffle_shards, shards.tolist()])]
 
     @property
+    def length(self) -> RunLength:
+        """Number of optimizer steps and epochs of the run."""
+        return run_length(self.recipe.train, len(self.splits["train"]))
+
+    @property
     def steps(self) -> int:
-        """Optimizer steps per epoch."""
-        return steps_per_epoch(len(self.splits["train"]), self.recipe.train.batch_size, self.recipe.train.drop_last)
+        """Optimizer steps of a whole epoch."""
+        return self.length.steps_per_epoch
 
 
 def build_context(
@@ -130,13 +135,15 @@ def build_context(
     ``choose_splits``: called with the data set and the splits that the recipe defines; returns the splits to use.
     """
     train, world = recipe.train, accelerator.num_processes
-    check_schedule(recipe.scheduler, recipe.scheduled_epochs)
     data, dataset, splits, bad_images = _open_images(recipe, accelerator, display)
     drawn = split_hash(dataset, splits)
     if choose_splits is not None:
         splits = choose_splits(dataset, splits)
     count = len(splits["train"])
     check_steps(count, train)
+    length = run_length(train, count)
+    _check_length(recipe, length)
+    check_schedule(recipe.scheduler, length.exact_epochs - recipe.transfer.epochs_of_probe)
     weights = expected_input(recipe.model)
     preprocessing = resolve_preprocessing(
         data,
@@ -182,15 +189,30 @@ def build_context(
         drawn,
         train.min_accum_steps,
     )
-    if warning := short_run_warning(train, setup.steps * recipe.scheduled_epochs):
+    scheduled = length.steps - recipe.transfer.epochs_of_probe * length.steps_per_epoch
+    if warning := short_run_warning(train, scheduled):
         display.log(warning)
-    every, steps = recipe.optimizer.lookahead, setup.steps * recipe.scheduled_epochs
-    if every is not None and every > steps:
+    every = recipe.optimizer.lookahead
+    if every is not None and every > scheduled:
         raise UserError(
-            f"optimizer.lookahead = {every}, but the run has only {plural(steps, 'step')}: the slow weights, which are "
-            "evaluated, would never change. Set a smaller number"
+            f"optimizer.lookahead = {every}, but the run has only {plural(scheduled, 'step')}: the slow weights, which "
+            "are evaluated, would never change. Set a smaller number"
         )
     return setup
+
+
+def _check_length(recipe: Recipe, length: RunLength) -> None:
+    """Raise UserError if a run by steps is too short for its settings in epochs; of runs by epochs, validation does."""
+    run = f"the run, {recipe.train.length_text} = {length.exact_epochs:.4g} epochs"
+    probe = recipe.transfer.epochs_of_probe
+    if probe >= length.exact_epochs:
+        raise UserError(f"transfer.probe_epochs = {probe} leaves no step for fine-tuning in {run}")
+    if recipe.scheduler.warmup_epochs >= length.exact_epochs - probe:
+        raise UserError(f"scheduler.warmup_epochs = {recipe.scheduler.warmup_epochs:g} is not shorter than {run}")
+    if recipe.transfer.unfreeze_at and max(recipe.transfer.unfreeze_at) > length.epochs:
+        raise UserError(f"transfer.unfreeze_at: epoch {max(recipe.transfer.unfreeze_at)} is beyond {run}")
+    if len(recipe.data.progressive_sizes or ()) > length.epochs:
+        raise UserError(f"data.progressive_sizes: each size needs an epoch, but there are more than in {run}")
 
 
 def _open_images(
@@ -283,6 +305,14 @@ def _without_bad_images(
     return kept, named
 
 
+def _length_text(setup: TrainingContext) -> str:
+    """Return the length of the run in epochs; in steps, too, if the last epoch ends early or the recipe gives steps."""
+    length, train = setup.length, setup.recipe.train
+    if length.steps == length.epochs * length.steps_per_epoch and train.steps is None:
+        return plural(length.epochs, "epoch")
+    return f"{plural(length.steps, 'step')} in all = {length.exact_epochs:.4g} epochs"
+
+
 def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
     """Return the overview logged before training: layer groups, parameters, images, steps, device and precision.
 
@@ -317,16 +347,17 @@ def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
         table(cells, header, frozenset((1, 2, 3, 4))),
         f"images {counts}; {plural(len(setup.dataset.classes), 'class', 'classes')}; input {inputs}",
         f"batch size {batch_split(train.batch_size, setup.accelerator.num_processes, setup.accum_steps)}; "
-        f"{plural(setup.steps, 'step')} per epoch, {plural(train.epochs, 'epoch')}",
-        *([] if recipe.transfer.mode != "lp_ft" else [_describe_phases(recipe)]),
+        f"{plural(setup.steps, 'step')} per epoch, {_length_text(setup)}",
+        *([] if recipe.transfer.mode != "lp_ft" else [_describe_phases(setup)]),
         f"device {setup.accelerator.device}, precision {precision}",
     ]
     return "\n".join(lines)
 
 
-def _describe_phases(recipe: Recipe) -> str:
-    probe, lr = recipe.transfer.epochs_of_probe, scheduled_rate(recipe, 0)
+def _describe_phases(setup: TrainingContext) -> str:
+    length, probe = setup.length.exact_epochs, setup.recipe.transfer.epochs_of_probe
+    lr = scheduled_rate(setup.recipe, 0, length)
     return (
         f"linear probe for {plural(probe, 'epoch')} with learning rate {lr:.3g}, then fine-tuning for "
-        f"{plural(recipe.train.epochs - probe, 'epoch')}; the table above is of the probe"
+        f"{length - probe:.4g} epoch{'' if length - probe == 1 else 's'}; the table above is of the probe"
     )

@@ -49,7 +49,7 @@ class ImageLoaders:
 
     def training(self, plan: SamplingPlan) -> TrainLoader:
         """Return the loader of training batches."""
-        stages, epochs = self.setup.stages, self.setup.recipe.train.epochs
+        stages, epochs = self.setup.stages, self.setup.length.epochs
         if len(stages) == 1:
             return TrainLoader(self.batches("train"), plan)
         names = [stage_name(self.setup, stage) for stage in stages]
@@ -177,7 +177,7 @@ def build_loaders(setup: TrainingContext, guard: Guard, cache_policy: CachePolic
     cache = DistributedCache(setup, guard) if is_cached else None
     source = ImageLoaders(setup, plans, SplitImages(setup, plans))
     features = _features(setup, source, cache, guard) if cache_policy == "all" else None
-    passes = recipe.train.epochs // len(setup.stages) if features is None else features.passes_needed()
+    passes = setup.length.epochs // len(setup.stages) if features is None else features.passes_needed()
     if cache is not None:
         source.cached.cache(cache, passes)
     sampling = _plan(setup)
@@ -230,6 +230,7 @@ def _plan(setup: TrainingContext) -> SamplingPlan:
         views=setup.recipe.data.fixed_views,
         shards=setup.shards("train"),
         shards_at_once=setup.recipe.data.shuffle_shards or 1,
+        length=setup.length,
     )
 
 

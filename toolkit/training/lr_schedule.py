@@ -49,15 +49,17 @@ def learning_rate(
     return peak * lr_factor(table, epoch, epochs)
 
 
-def scheduled_rate(recipe: Recipe, epoch: float, scale: float = 1.0, plateau_factor: float = 1.0) -> float:
-    """Return the learning rate at an epoch of a run, of a parameter group whose peak is ``scale`` x optimizer.lr.
+def scheduled_rate(
+    recipe: Recipe, epoch: float, epochs: float, scale: float = 1.0, plateau_factor: float = 1.0
+) -> float:
+    """Return the learning rate at an epoch of a run of ``epochs``, of a group whose peak is ``scale`` x optimizer.lr.
 
     With transfer.mode = "lp_ft", it is constant in the probe, after which the schedule begins.
     """
     table, peak, probe = recipe.transfer, recipe.optimizer.lr, recipe.transfer.epochs_of_probe
     if epoch < probe:
         return scale * (peak if table.probe_lr is None else table.probe_lr)
-    return learning_rate(recipe.scheduler, scale * peak, epoch - probe, recipe.scheduled_epochs, plateau_factor)
+    return learning_rate(recipe.scheduler, scale * peak, epoch - probe, epochs - probe, plateau_factor)
 
 
 def _warmup(table: SchedulerConfig, epoch: float) -> float:
@@ -98,7 +100,8 @@ def _base(table: SchedulerConfig, epoch: float, epochs: float) -> float:
             return 1.0
         case _:
             plugin = find("schedule", table.name.removeprefix(PREFIX))
-            return float(_plugin_schedule(plugin, json.dumps(table.args), epochs, table.warmup_epochs)(epoch))
+            length = int(epochs) if epochs == int(epochs) else epochs
+            return float(_plugin_schedule(plugin, json.dumps(table.args), length, table.warmup_epochs)(epoch))
 
 
 def _share(epoch: float, start: float, end: float) -> float:
@@ -125,11 +128,11 @@ def _plugin_schedule(plugin: Plugin, arguments: str, epochs: float, warmup_epoch
     return schedule
 
 
-def check_schedule(table: SchedulerConfig, epochs: int) -> None:
+def check_schedule(table: SchedulerConfig, epochs: float) -> None:
     """Raise UserError unless a plugin's schedule is a function with finite factors, at least 0, that has no state."""
     if not table.name.startswith(PREFIX):
         return
-    points = np.linspace(0, epochs, min(4 * epochs, 1000), endpoint=False).tolist()
+    points = np.linspace(0, epochs, min(math.ceil(4 * epochs), 1000), endpoint=False).tolist()
     try:
         factors = [_base(table, epoch, epochs) for epoch in points]
         again = [_base(table, epoch, epochs) for epoch in reversed(points)][::-1]

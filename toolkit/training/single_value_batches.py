@@ -28,7 +28,7 @@ def check_single_value_batches(
     ]
     if not affected:
         return
-    norms = single_value_norms(built, transfer, train.epochs, channels, image_size)
+    norms = single_value_norms(built, transfer, channels, image_size)
     if not norms:
         return
     more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
@@ -48,15 +48,13 @@ def check_single_value_batches(
     )
 
 
-def single_value_norms(
-    built: ModelBundle, transfer: Transfer, epochs: int, channels: int, image_size: Size
-) -> list[str]:
+def single_value_norms(built: ModelBundle, transfer: Transfer, channels: int, image_size: Size) -> list[str]:
     """Return the names of batch norms that get one value per channel from an image in training, in model order.
 
     Frozen ones are not included, because they use their running statistics.
     """
     module, values = built.module, dict[str, int]()
-    training = _training_norms(transfer, epochs)
+    training = _training_norms(transfer)
 
     def note(name: str) -> object:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -76,11 +74,11 @@ def single_value_norms(
     return [name for name, count in values.items() if count == images]
 
 
-def _training_norms(transfer: Transfer, epochs: int) -> set[str]:
+def _training_norms(transfer: Transfer) -> set[str]:
     """Return the names of batch norms that use batch statistics in any epoch. The transfer's state is restored."""
     module = transfer.built.module
     trains = {parameter: parameter.requires_grad for parameter in module.parameters()}
-    transfer.unfreeze_for_epoch(epochs)
+    transfer.unfreeze_for_epoch(transfer.last_unfreezing)
     transfer.train_mode()
     found = {name for name, layer in module.named_modules() if isinstance(layer, _BatchNorm) and layer.training}
     for parameter, required in trains.items():

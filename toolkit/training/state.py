@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toolkit.data.sampling import RunLength
 from toolkit.distributed.batchnorm import local_statistics, restore_statistics
 from toolkit.errors import UserError
 from toolkit.plugins import records
@@ -73,6 +74,7 @@ def checkpoint_content(trainer: Trainer, processes: list[dict[str, Any]]) -> dic
         "drawn": trainer.setup.drawn,
         "classes": list(trainer.setup.dataset.classes),
         "accum_steps": trainer.setup.accum_steps,
+        "length": asdict(trainer.setup.length),
         "optimizer_name": recipe.optimizer.name,
         "best_epoch": progress.best["epoch"] if progress.best else None,
         "best_weights": trainer.writer.best_weights,
@@ -109,10 +111,32 @@ def restore_model(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         reason = " ".join(str(error).split())
         raise UserError(f"the checkpoint's model does not match the recipe: {reason:.300}") from None
     progress = trainer.progress = TrainProgress(**checkpoint["position"])
+    _check_length(trainer, checkpoint.get("length"))
     trainer.writer.best_weights = checkpoint.get("best_weights")
     if progress.step and checkpoint["batches"] != trainer.setup.batches_key:
         progress.step, progress.sums = 0, []
         trainer.display.log(f"the batches have changed: epoch {progress.epoch + 1} starts over")
+
+
+def _check_length(trainer: Trainer, before: dict[str, int] | None) -> None:
+    """Raise UserError if the length was changed in a way that the steps already trained do not allow.
+
+    ``before``: the length with which the checkpoint was written; None in checkpoints of earlier versions.
+    """
+    progress, length = trainer.progress, trainer.setup.length
+    if before is None or before == asdict(length):
+        return
+    if RunLength(**before).steps_until(progress.epoch) < progress.epoch * before["steps_per_epoch"]:
+        raise UserError(
+            f"the run has ended after {before['steps']} steps, within an epoch, so it cannot be made longer or "
+            "shorter: restore its length, or start a new run"
+        )
+    if progress.step > length.steps_in(progress.epoch):
+        done = progress.epoch * length.steps_per_epoch + progress.step
+        raise UserError(
+            f"the run already has {done} steps, more than {trainer.recipe.train.length_text}: make it longer, or start "
+            "a new run"
+        )
 
 
 def restore_rest(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -131,11 +131,11 @@ class Trainer:
     # -- epochs -------------------------------------------------------------------------------------------------------
 
     def run_epochs(self, until: int | None = None) -> bool:
-        """Train until the recipe's last epoch or early stopping, and return True.
+        """Train until the run's last epoch or early stopping, and return True.
 
         If epoch ``until`` comes first, return False: its checkpoint is written, and the run can be resumed.
         """
-        progress, epochs = self.progress, self.recipe.train.epochs
+        progress, epochs = self.progress, self.setup.length.epochs
         last = epochs if until is None else min(until, epochs)
         while progress.epoch < last and not progress.stopped_early:
             self._epoch(progress.epoch)
@@ -149,8 +149,9 @@ class Trainer:
         self.setup.transfer.train_mode()
         sums = RunningMetrics.restored(self.progress.sums, self.accelerator, self.recipe.train.virtual_processes)
         started, images_before = time.perf_counter(), self.progress.train_images
-        total, done = len(self.setup.splits["train"]), self.progress.step * self.recipe.train.batch_size
-        with self.display.bar(f"epoch {epoch + 1}/{self.recipe.train.epochs}", total, done) as self.bar:
+        length, batch_size = self.setup.length, self.recipe.train.batch_size
+        total = min(len(self.setup.splits["train"]), length.steps_in(epoch) * batch_size)
+        with self.display.bar(f"epoch {epoch + 1}/{length.epochs}", total, self.progress.step * batch_size) as self.bar:
             hooks = TrainCallbacks(self._set_lr, lambda step, sums: self._after_step(epoch, step, sums), self._log_step)
             if self.recipe.transfer.is_fitted:
                 train_logistic_head(self, sums)
@@ -165,7 +166,7 @@ class Trainer:
         loss, accuracy = sums.means(self.accelerator)
         record = {
             "epoch": epoch + 1,
-            "step": (epoch + 1) * self.setup.steps,
+            "step": length.steps_until(epoch + 1),
             **({} if self.recipe.transfer.is_fitted else {"lr": self._learning_rate(epoch)}),
             "train/loss": loss,
             "train/accuracy": accuracy,
@@ -177,7 +178,7 @@ class Trainer:
             else:
                 self._average_statistics()
         except StopTraining:
-            self.progress.step = self.setup.steps
+            self.progress.step = length.steps_in(epoch)
             self._interrupt(sums)
         if self.recipe.transfer.refit and self.setup.has("validation"):
             refit_logistic_head(self)
@@ -201,7 +202,7 @@ class Trainer:
         progress, recipe = self.progress, self.recipe
         if not math.isfinite(record.get("val/loss", 0.0)):
             reason = f"the validation loss is {record['val/loss']} at epoch {epoch + 1}"
-            raise self._not_finite(reason, (epoch, self.setup.steps))
+            raise self._not_finite(reason, (epoch, self.setup.length.steps_in(epoch)))
         is_probe = epoch < recipe.transfer.epochs_of_probe
         if recipe.early_stopping.metric in record and not is_probe:
             self.patience.update(record[recipe.early_stopping.metric])
@@ -223,7 +224,7 @@ class Trainer:
             self.tracking.log(record, record["step"])
         self.save()
         marked = is_best and recipe.train.best_metric != "last"
-        self.display.log(epoch_line(record, recipe.train.epochs, best=marked, images_per_s=speed))
+        self.display.log(epoch_line(record, self.setup.length.epochs, best=marked, images_per_s=speed))
         if progress.stopped_early and not has_converged:
             self.display.log("stopped by a callback")
         elif has_converged:
@@ -243,7 +244,7 @@ class Trainer:
         """Return whether an epoch is the best so far; with train.best_metric = "last", only the final epoch is."""
         best_metric, best = self.recipe.train.best_metric, self.progress.best
         if best_metric == "last":
-            return self.progress.stopped_early or bool(record["epoch"] >= self.recipe.train.epochs)
+            return self.progress.stopped_early or bool(record["epoch"] >= self.setup.length.epochs)
         return best is None or epoch_rank(record, best_metric) > epoch_rank(best, best_metric)
 
     def _average_statistics(self) -> None:
@@ -300,7 +301,7 @@ class Trainer:
     # -- within an epoch ----------------------------------------------------------------------------------------------
 
     def _learning_rate(self, epoch: float, scale: float = 1.0) -> float:
-        return scheduled_rate(self.recipe, epoch, scale, self.plateau.factor)
+        return scheduled_rate(self.recipe, epoch, self.setup.length.exact_epochs, scale, self.plateau.factor)
 
     def _set_lr(self, epoch: float) -> None:
         for group in self.train_step.optimizer.param_groups:
@@ -323,7 +324,7 @@ class Trainer:
             self._check_finite(epoch)
         if stop:
             return True
-        if (save or (table.every_steps and step % table.every_steps == 0)) and step < self.setup.steps:
+        if (save or (table.every_steps and step % table.every_steps == 0)) and step < self.setup.length.steps_in(epoch):
             self.save(sums)
         return False
 
@@ -338,9 +339,8 @@ class Trainer:
         if step is None:
             return
         lr = self._learning_rate(epoch + (step - 1) / self.setup.steps)
-        reason = (
-            f"the loss is not finite at epoch {epoch + 1}, step {step} of {self.setup.steps}, learning rate {lr:.3g}"
-        )
+        where = f"epoch {epoch + 1}, step {step} of {self.setup.length.steps_in(epoch)}"
+        reason = f"the loss is not finite at {where}, learning rate {lr:.3g}"
         raise self._not_finite(reason, (epoch, step - 1))
 
     def _not_finite(self, reason: str, position: CheckpointStep) -> RunFailed:
@@ -372,8 +372,9 @@ class Trainer:
             "train/step_loss": loss,
             "train/step_accuracy": accuracy,
         }
+        steps = self.setup.length.steps_in(self.progress.epoch)
         self.display.log(
-            f"epoch {self.progress.epoch + 1} step {step}/{self.setup.steps}  loss {loss:.4f} accuracy {accuracy:.4f}"
+            f"epoch {self.progress.epoch + 1} step {step}/{steps}  loss {loss:.4f} accuracy {accuracy:.4f}"
         )
         self.writer.add_line(record)
         if self.tracking is not None:
@@ -390,7 +391,7 @@ class Trainer:
         loss, _, count = sums.values.sum(0).tolist()
         images, train = len(self.setup.splits["train"]), self.recipe.train
         probe = self.recipe.transfer.epochs_of_probe
-        epochs, what = (probe, "the probe") if epoch < probe else (train.epochs, "all epochs")
+        epochs, what = (probe, "the probe") if epoch < probe else (self.setup.length.exact_epochs, "all epochs")
         done = epoch * images + min(step * train.batch_size, images)
         if self.first_image is None:
             self.first_image = (time.perf_counter(), done)
