@@ -42,6 +42,7 @@ def issues(*overrides: str) -> list[str]:
 
 
 LOGISTIC = ['transfer.mode="logistic"', "train.epochs=1", "augment={}", "scheduler={}"]
+KNN = ['transfer.mode="knn"', *LOGISTIC[1:]]
 
 CASES: list[tuple[str, list[str], list[str]]] = [
     # the issue, overrides that cause it, similar overrides that do not cause it
@@ -81,7 +82,17 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         [],
     ),
     (
-        'error: transfer.refit: only mode "logistic" uses it, not "finetune"',
+        'error: transfer.k: only mode "knn" uses it, not "logistic"',
+        [*LOGISTIC, "transfer.k=[5]"],
+        [*KNN, "transfer.k=[5]"],
+    ),
+    (
+        "error: transfer.k: several values need validation images",
+        [*KNN, "data.split.validation=0", 'train.best_metric="last"'],
+        [*KNN, "data.split.validation=0", 'train.best_metric="last"', "transfer.k=[5]"],
+    ),
+    (
+        'error: transfer.refit: only mode "logistic" and "knn" use it, not "finetune"',
         ["transfer.refit=true"],
         [*LOGISTIC, "transfer.refit=true"],
     ),

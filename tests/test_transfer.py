@@ -89,6 +89,7 @@ MODES: dict[str, tuple[TransferConfig, str]] = {
     "backbone_only, head too": (TransferConfig(mode="backbone_only", new_layer="freeze"), "B"),
     "linear_probe": (TransferConfig(mode="linear_probe"), "H"),
     "logistic": (TransferConfig(mode="logistic"), "H"),
+    "knn": (TransferConfig(mode="knn"), "H"),
     "gradual": (TransferConfig(mode="gradual", unfreeze_at=[2, 4]), "H"),
     "lp_ft": (TransferConfig(mode="lp_ft", probe_epochs=2), "H"),
     "lora": (TransferConfig(mode="lora", lora_rank=2), "HL"),

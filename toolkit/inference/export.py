@@ -26,6 +26,7 @@ from toolkit.inference.evaluate import load_last_model, split_images
 from toolkit.inference.timm_config import fits_timm, timm_config, transform_note
 from toolkit.models.build import build_model
 from toolkit.models.lora import frozen_hash, is_lora, without_base
+from toolkit.models.neighbors import uses_neighbors
 from toolkit.models.pretrained import is_file_reference, pack_state
 from toolkit.recipe.image_size import size_text
 from toolkit.recipe.schema import ModelConfig
@@ -321,6 +322,7 @@ def _model_card(trained: TrainedModel, table: ModelConfig) -> dict[str, Any]:
         trained.transforms,
         trained.recipe,
         trained.train_preprocessing,
+        is_knn=uses_neighbors(trained.module),
     )
 
 
@@ -402,7 +404,7 @@ def _read_onnx(folder: Path) -> Compute:
 def _write_timm(trained: TrainedModel, folder: Path) -> None:
     """Write config.json and weights for `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub."""
     table = trained.table
-    if not fits_timm(table):
+    if not fits_timm(trained):
         raise UserError(
             f"--format timm is for unmodified timm models; {table.source}'s {table.name}"
             f"{'' if table.source != 'timm' else ' with a head or stem of its own'} is not one: use safetensors, "

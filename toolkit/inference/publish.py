@@ -63,7 +63,7 @@ def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, priv
     if not run.is_finished:
         raise UserError(f"{run.path} is not finished: it has no metrics for a model card")
     trained, recipe, summary = load_model(path), run.recipe, run.summary
-    name = "timm" if fits_timm(trained.table) else "safetensors"
+    name = "timm" if fits_timm(trained) else "safetensors"
     check_recipe(run)
     inputs, _ = images_to_compare(path, trained)
     target = folder or run.path / "publish"
@@ -212,7 +212,7 @@ def model_card(
         recipe=recipe,
         summary=summary,
         best=summary["best"],
-        is_timm=fits_timm(trained.table),
+        is_timm=fits_timm(trained),
         classes=trained.classes,
         is_multi_label=trained.task.kind == "multi_label",
         preprocessing=trained.preprocessing,
@@ -249,7 +249,7 @@ def _front_matter(trained: TrainedModel, recipe: Recipe, summary: dict[str, Any]
     tags = ["image-classification", recipe.model.source, recipe.model.name, recipe.transfer.mode]
     data = ModelCardData(
         license=license_id,
-        library_name="timm" if fits_timm(trained.table) else "toolkit",
+        library_name="timm" if fits_timm(trained) else "toolkit",
         pipeline_tag="image-classification",
         tags=[*tags, *(["multi-label"] if trained.task.kind == "multi_label" else [])],
         datasets=[dataset] if dataset else None,

@@ -15,13 +15,16 @@ from PIL import Image
 
 from toolkit.data.image_sources import MODES, to_pixels
 from toolkit.errors import UserError
+from toolkit.models.neighbors import uses_neighbors
 from toolkit.recipe.image_size import as_value
-from toolkit.recipe.schema import ModelConfig
 from toolkit.training.trained_model import TrainedModel
 
 
-def fits_timm(table: ModelConfig) -> bool:
+def fits_timm(trained: TrainedModel) -> bool:
     """Return whether timm alone can build the model; dropout before the last layer does not matter for inference."""
+    table = trained.table
+    if uses_neighbors(trained.module):
+        return False
     return table.source == "timm" and table.stem == "imagenet" and not (table.head.hidden or table.head.batch_norm)
 
 

@@ -162,7 +162,7 @@ def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> boo
             return is_classifier
         case "backbone_only":
             return not is_classifier or (is_head and table.new_layer == "train")
-        case "linear_probe" | "logistic" | "gradual" | "lp_ft":
+        case "linear_probe" | "logistic" | "knn" | "gradual" | "lp_ft":
             return is_head
         case "bias":
             return is_head or _is_bias(name)

@@ -93,16 +93,15 @@ def _lp_ft(recipe: Recipe) -> Iterator[Issue]:
         yield error("data.progressive_sizes", text, "transfer.mode", at="key")
 
 
-def logistic(recipe: Recipe) -> Iterator[Issue]:
-    """Check that mode "logistic" is not combined with what its one fit on fixed features cannot do."""
+def fitted_head(recipe: Recipe) -> Iterator[Issue]:
+    """Check that modes "logistic" and "knn" are not combined with what their one fit on fixed features cannot do."""
     table, train, augment = recipe.transfer, recipe.train, recipe.augment
-    if table.mode != "logistic":
-        if table.C != TransferConfig().C:
-            text = f'only mode "logistic" uses it, not "{table.mode}"'
-            yield error("transfer.C", text, "transfer.mode", at="key")
-        if table.refit:
-            text = f'only mode "logistic" uses it, not "{table.mode}"'
-            yield error("transfer.refit", text, "transfer.mode", at="key")
+    for key, modes in {"C": ("logistic",), "k": ("knn",), "refit": ("logistic", "knn")}.items():
+        if table.mode not in modes and getattr(table, key) != getattr(TransferConfig(), key):
+            only = "only mode " + " and ".join(f'"{mode}"' for mode in modes)
+            text = f'{only} {"uses" if len(modes) == 1 else "use"} it, not "{table.mode}"'
+            yield error(f"transfer.{key}", text, "transfer.mode", at="key")
+    if not table.is_fitted:
         return
     head = recipe.model.head
     impossible = {
@@ -128,10 +127,11 @@ def logistic(recipe: Recipe) -> Iterator[Issue]:
     }
     for key, (is_set, reason) in impossible.items():
         if is_set:
-            yield error(key, f'with transfer.mode = "logistic", {reason}', "transfer.mode")
-    if len(table.C) > 1 and recipe.data.split.validation == 0:
+            yield error(key, f'with transfer.mode = "{table.mode}", {reason}', "transfer.mode")
+    key, example = ("C", "C = [1.0]") if table.mode == "logistic" else ("k", "k = [20]")
+    if len(getattr(table, key)) > 1 and recipe.data.split.validation == 0:
         text = "several values need validation images to choose from, but data.split.validation is 0"
-        yield error("transfer.C", text, "data.split.validation", hint="give one value, such as C = [1.0]")
+        yield error(f"transfer.{key}", text, "data.split.validation", hint=f"give one value, such as {example}")
     if table.refit and recipe.data.split.validation == 0:
         text = "has no effect without validation images: data.split.validation is 0"
         yield warning("transfer.refit", text, "data.split.validation", at="key")
@@ -412,7 +412,7 @@ RULES = (
     task_checks.task,
     task_checks.unknown_metrics,
     transfer,
-    logistic,
+    fitted_head,
     model,
     input_checks.image_size,
     input_checks.channels,

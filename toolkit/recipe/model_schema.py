@@ -181,6 +181,7 @@ class TransferConfig(ConfigModel):
         "backbone_only",
         "linear_probe",
         "logistic",
+        "knn",
         "gradual",
         "lp_ft",
         "norm_tuning",
@@ -192,7 +193,8 @@ class TransferConfig(ConfigModel):
         "fully connected layers are trained. backbone_only: the backbone is trained, all fully connected layers are "
         "frozen (see new_layer). linear_probe: only the new head is trained. logistic: the new "
         "head is a logistic regression, fitted by L-BFGS on the frozen backbone's features (Kornblith et al. 2019, "
-        "arXiv:1805.08974; see C). gradual: like linear_probe, then layer "
+        "arXiv:1805.08974; see C). knn: k-nearest-neighbor classification on these features (Wu et al. 2018, "
+        "arXiv:1805.01978; see k). gradual: like linear_probe, then layer "
         "groups are unfrozen from the top (see unfreeze_at). lp_ft: like linear_probe for probe_epochs, then all "
         "parameters are trained (Kumar et al. 2022, arXiv:2202.10054). norm_tuning: the new head and the scale and "
         "shift of all normalization layers are trained (Frankle et al. 2021, arXiv:2003.00152). bias: the new head and "
@@ -206,10 +208,16 @@ class TransferConfig(ConfigModel):
         description="logistic: inverses of the regularization strength, as in scikit-learn's LogisticRegression; the "
         "one with the highest validation accuracy is kept.",
     )
+    k: list[Annotated[int, Field(ge=1, le=100_000)]] = Field(
+        [1, 5, 10, 20, 50, 100, 200],
+        min_length=1,
+        description="knn: numbers of neighbors; the one with the highest validation accuracy is kept. Larger ones than "
+        "the number of training images count as that number.",
+    )
     refit: bool = Field(
         False,
-        description="logistic: once C is chosen, fit again on the training and the validation images, as Kornblith et "
-        "al. 2019 do. The validation metrics are those before.",
+        description="logistic, knn: once C or k is chosen, fit again on the training and the validation images, as "
+        "Kornblith et al. 2019 do. The validation metrics are those before.",
     )
     lora_rank: int = Field(
         8, ge=1, le=4096, description="lora: rank of the update B A of each weight [outputs, inputs]."
@@ -298,4 +306,4 @@ class TransferConfig(ConfigModel):
     @property
     def is_fitted(self) -> bool:
         """Whether the last layer is fitted to features once, instead of trained by the optimizer."""
-        return self.mode == "logistic"
+        return self.mode in ("logistic", "knn")

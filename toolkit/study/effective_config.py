@@ -181,8 +181,9 @@ def _network(recipe: Recipe) -> Hashable:
     transfer.train_mode()
     in_eval_mode = tuple(name for name, module in built.module.named_modules() if not module.training)
 
-    if recipe.transfer.mode == "logistic":  # no optimizer is used
-        return model, tuple(trained), in_eval_mode, tuple(recipe.transfer.C), recipe.transfer.refit
+    if recipe.transfer.is_fitted:  # no optimizer is used
+        values = recipe.transfer.C if recipe.transfer.mode == "logistic" else recipe.transfer.k
+        return model, tuple(trained), in_eval_mode, recipe.transfer.mode, tuple(values), recipe.transfer.refit
     unfrozen: list[dict[str, Any]] = []
     if recipe.transfer.mode in ("gradual", "lp_ft"):
         built.module.requires_grad_(True)

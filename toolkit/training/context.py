@@ -32,6 +32,7 @@ from toolkit.formatting import batch_split, plural
 from toolkit.hashing import json_hash
 from toolkit.models.build import ModelBundle, build_model, check_sizes, expected_input
 from toolkit.models.keyed_dropout import DropoutKeys, key_dropout_layers
+from toolkit.models.neighbors import with_neighbors
 from toolkit.models.transfer import Transfer, apply_transfer, layer_group_table
 from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.training.console import Console, table
@@ -159,7 +160,8 @@ def build_context(
 
     def build() -> ModelBundle:
         torch.manual_seed(recipe.recipe.seed)
-        return build_model(recipe.model, len(dataset.classes), channels, size, load_weights=load_weights)
+        found = build_model(recipe.model, len(dataset.classes), channels, size, load_weights=load_weights)
+        return with_neighbors(found) if recipe.transfer.mode == "knn" else found
 
     built = main_first(accelerator, build)  # weights are downloaded once
     transfer = apply_transfer(built, recipe.transfer)

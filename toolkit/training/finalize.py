@@ -179,6 +179,7 @@ def _summary(training: Trainer, models: _FinalModels) -> dict[str, Any]:
         "last": models.last,
         **({} if thresholds is None else {"last_thresholds": thresholds}),
         **({} if progress.chosen_C is None else {"C": progress.chosen_C}),
+        **({} if progress.chosen_k is None else {"k": progress.chosen_k}),
         "train_loss": progress.last["train/loss"] if progress.last else None,
         "train_accuracy": progress.last["train/accuracy"] if progress.last else None,
         "epochs_run": progress.epoch,

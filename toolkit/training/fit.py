@@ -350,6 +350,7 @@ def _write_initial_files(setup: TrainingContext, run: Run, resumption: Resumptio
         setup.recipe.augment.test,
         setup.recipe.recipe.name,
         setup.stages[-1],
+        is_knn=setup.recipe.transfer.mode == "knn",
     )
     run.write_json("checkpoints/model.json", card)
     if resumption is None:

@@ -15,6 +15,7 @@ from toolkit.formatting import plural
 from toolkit.models.build import ModelBundle
 from toolkit.models.dry_forward import depends_on_batch, without_gradient
 from toolkit.models.frozen_backbone import backbone_is_deterministic
+from toolkit.models.neighbors import NearestNeighbors
 from toolkit.models.transfer import Transfer
 from toolkit.recipe.image_size import Size
 from toolkit.recipe.schema import ModelConfig
@@ -84,7 +85,7 @@ def check_fit(transfer: Transfer, dataset: Dataset, images: int, channels: int, 
     built, mode = transfer.built, transfer.table.mode
     head = built.module.get_submodule(built.head)
     fault = ""
-    if len(built.heads) > 1 or not isinstance(head, nn.Linear):
+    if len(built.heads) > 1 or not isinstance(head, nn.Linear | NearestNeighbors):
         fault = "needs a model with one last layer, which is a Linear"
     elif dataset.weights is not None:
         fault = "does not support weights of images"

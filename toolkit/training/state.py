@@ -43,6 +43,8 @@ class TrainProgress:
     """Number of images trained on by all processes, including sessions before a resume."""
     chosen_C: float | None = None
     """The value of transfer.C that was chosen, with transfer.mode = "logistic"."""
+    chosen_k: int | None = None
+    """The value of transfer.k that was chosen, with transfer.mode = "knn"."""
     sums: list[list[float]] = field(default_factory=list)
     """Running metrics of each process, see :meth:`toolkit.training.train_step.RunningMetrics.state`."""
 

@@ -22,6 +22,7 @@ from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.models.build import build_model
 from toolkit.models.lora import frozen_hash, merge_lora
+from toolkit.models.neighbors import with_neighbors
 from toolkit.plugins import Plugin, add, find, is_loaded
 from toolkit.reading import Shape, UnreadableFile, check_shape, read_json
 from toolkit.recipe.earlier_versions import update_model
@@ -75,6 +76,7 @@ class _Card(Shape):
     train_preprocessing: _Preprocessing | None = None
     transforms: list[dict[str, Any]] = Field([])
     frozen_sha256: str | None = None
+    head: Literal["knn"] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,13 @@ def model_card(
     transforms: Sequence[TransformConfig],
     recipe_name: str,
     train_preprocessing: Preprocessing | None = None,
+    *,
+    is_knn: bool = False,
 ) -> dict[str, Any]:
     """Return the content of model.json, stored next to best.safetensors.
 
-    ``train_preprocessing`` is included if it differs from ``preprocessing``.
+    ``train_preprocessing`` is included if it differs from ``preprocessing``. ``is_knn``: whether the head is
+    :class:`~toolkit.models.neighbors.NearestNeighbors`.
     """
     differs = train_preprocessing != preprocessing
     return {
@@ -147,6 +152,7 @@ def model_card(
         "recipe": recipe_name,
         "model": table.model_dump(mode="json"),
         **({"plugin": find("model", table.name).record} if table.source == "plugin" else {}),
+        **({"head": "knn"} if is_knn else {}),
         "classes": classes,
         "task": task.to_dict(),
         "preprocessing": preprocessing.to_dict(),
@@ -189,6 +195,7 @@ def load_model(path: str | os.PathLike[str], *, model: Object | None = None) -> 
         with torch.inference_mode(False):  # building a model uses autograd, and the caller may be in inference mode
             is_update = weights.name == UPDATE
             built = build_model(table, len(classes), preprocessing.channels, size, load_weights=is_update)
+            built = with_neighbors(built) if card.get("head") == "knn" else built
         state = load_weights(weights)
         if is_update:
             base = built.module.state_dict()

@@ -32,6 +32,7 @@ from toolkit.training.checkpoint import CheckpointStep, first_not_finite
 from toolkit.training.console import ProgressBar, epoch_line
 from toolkit.training.context import TrainingContext
 from toolkit.training.evaluation import evaluate
+from toolkit.training.knn_head import refit_knn_head, train_knn_head
 from toolkit.training.l2_sp import build_l2_sp
 from toolkit.training.loaders import CachePolicy, DataLoaders, build_loaders
 from toolkit.training.logistic_head import refit_logistic_head, train_logistic_head
@@ -154,7 +155,8 @@ class Trainer:
         with self.display.bar(f"epoch {epoch + 1}/{length.epochs}", total, self.progress.step * batch_size) as self.bar:
             hooks = TrainCallbacks(self._set_lr, lambda step, sums: self._after_step(epoch, step, sums), self._log_step)
             if self.recipe.transfer.is_fitted:
-                train_logistic_head(self, sums)
+                is_knn = self.recipe.transfer.mode == "knn"
+                (train_knn_head if is_knn else train_logistic_head)(self, sums)
                 is_complete = True
             else:
                 is_complete = self.train_step.train_epoch(self.loaders.train, epoch, self.progress.step, sums, hooks)
@@ -181,7 +183,7 @@ class Trainer:
             self.progress.step = length.steps_in(epoch)
             self._interrupt(sums)
         if self.recipe.transfer.refit and self.setup.has("validation"):
-            refit_logistic_head(self)
+            (refit_knn_head if self.recipe.transfer.mode == "knn" else refit_logistic_head)(self)
         self._close_epoch(epoch, record, speed)
 
     def _unfreeze(self, epoch: int) -> bool:
