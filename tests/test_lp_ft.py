@@ -35,12 +35,22 @@ mode = "lp_ft"
 probe_epochs = 2
 probe_lr = 0.2
 l2_sp = 0.1
+wise = [0.0, 0.5, 1.0]
 """
 """Two epochs of the probe, then three of fine-tuning."""
 
 
+KEPT = ("checkpoint.keep=100", "train.ema=0.9")
+
+
 def lp_ft(folder: Path, *settings: str) -> Recipe:
     return load_recipe(write_recipe(folder, LP_FT), settings)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Train LP_FT without an interruption, with all its checkpoints."""
+    return fit(lp_ft(tmp_path_factory.mktemp("plain"), *KEPT), quiet=True)
 
 
 def use_cache(folder: Path, rank: int) -> None:
@@ -59,13 +69,13 @@ def test_random_transforms_are_left_out_of_the_probe() -> None:
 pytestmark = pytest.mark.long
 
 
-def test_the_probe_is_that_of_a_linear_probe(tmp_path: Path) -> None:
-    run = fit(lp_ft(tmp_path), quiet=True)
+def test_the_probe_is_that_of_a_linear_probe(tmp_path: Path, plain: Run) -> None:
     text = f'{PRETRAINED}\n[transfer]\nmode = "linear_probe"\n'
-    alone = fit(load_recipe(write_recipe(tmp_path, text), ["train.epochs=2", "optimizer.lr=0.2"]), quiet=True)
-    assert run.epoch_records()[:2] == alone.epoch_records()
+    settings = [*KEPT, "train.epochs=2", "optimizer.lr=0.2"]
+    alone = fit(load_recipe(write_recipe(tmp_path, text), settings), quiet=True)
+    assert plain.epoch_records()[:2] == alone.epoch_records()
     assert alone.summary["cached"]
-    log = run.log_file.read_text()
+    log = plain.log_file.read_text()
     assert "cached: inputs of head computed once" in log
     assert log.index("cached: inputs") < log.index("epoch 3: 7 parameter tensors are trained from now on")
 
@@ -73,7 +83,7 @@ def test_the_probe_is_that_of_a_linear_probe(tmp_path: Path) -> None:
 def test_fine_tuning_is_that_of_a_run_that_starts_from_the_probe(tmp_path: Path) -> None:
     """With one batch per epoch, so that the order of images, which depends on the epoch, has no effect."""
     settings = ("train.batch_size=110", "augment.train=[]", "checkpoint.keep=100", "train.ema=0.9")
-    run = fit(lp_ft(tmp_path, *settings, "transfer.l2_sp=0"), quiet=True)
+    run = fit(lp_ft(tmp_path, *settings, "transfer.l2_sp=0", "transfer.wise=[]"), quiet=True)
     (probed,) = (path for path in run.checkpoints.glob("0002-000000-*.pt"))
     model = load_model(run.checkpoints).module
     model.load_state_dict(torch.load(probed)["model"])
@@ -87,6 +97,7 @@ def test_fine_tuning_is_that_of_a_run_that_starts_from_the_probe(tmp_path: Path)
 
 def test_learning_rates_and_early_stopping_begin_with_fine_tuning(tmp_path: Path) -> None:
     settings = ("train.epochs=6", "transfer.probe_epochs=3", "transfer.probe_lr=1e-9", "early_stopping.patience=1")
+    settings = (*settings, "transfer.wise=[]")
     run = fit(lp_ft(tmp_path, *settings), quiet=True)
     rates = [record["lr"] for record in run.epoch_records()]
     assert rates[:3] == [1e-9] * 3
@@ -105,35 +116,38 @@ def killed_at(run: Run, position: tuple[int, int], copy: Path) -> Run:
     return Run(copy)
 
 
-def test_a_run_killed_at_any_checkpoint_of_both_phases_gives_the_same_bytes(tmp_path: Path) -> None:
-    recipe = lp_ft(tmp_path, "checkpoint.keep=100", "train.ema=0.9")
-    plain = fit(recipe, quiet=True)
-    (tmp_path / "weights.safetensors").unlink()
-    positions = [(1, 0), (1, 3), (2, 0), (2, 3), (4, 3)]
+def test_a_run_killed_in_either_phase_or_at_its_end_gives_the_same_bytes(plain: Run) -> None:
+    positions = [(1, 3), (2, 0), (4, 3), (5, 0)]
     stored = {checkpoint_step(path) for path in plain.checkpoints.glob("*.json")}
     assert stored >= set(positions)
     for position in positions:
         run = killed_at(plain, position, plain.path.with_name("-".join(map(str, position))))
-        assert outcome(fit(recipe, resume=run.path, quiet=True)) == outcome(plain), position
+        assert outcome(fit(plain.recipe, resume=run.path, quiet=True)) == outcome(plain), position
         assert f"resuming after epoch {position[0]}, step {position[1]}" in run.log_file.read_text()
 
 
-def test_two_processes_take_the_same_steps(tmp_path: Path) -> None:
-    one = fit(lp_ft(tmp_path / "1"), quiet=True)
+def test_two_processes_take_the_same_steps(tmp_path: Path, plain: Run) -> None:
     prepare = functools.partial(use_cache, tmp_path / "cache")
-    trainers = Trainers(2, tmp_path / "2", write_recipe(tmp_path / "2", LP_FT), prepare=prepare)
+    settings = [text for setting in KEPT for text in ("--set", setting)]
+    trainers = Trainers(2, tmp_path, write_recipe(tmp_path, LP_FT), *settings, prepare=prepare)
     assert trainers.wait() == [0, 0], trainers.text()
-    for found, expected in zip(only_run(tmp_path / "2").epoch_records(), one.epoch_records(), strict=True):
+    found, expected = only_run(tmp_path).summary["wise"], plain.summary["wise"]
+    for one, other in zip(found["tried"], expected["tried"], strict=True):
+        assert one["val_loss"] == pytest.approx(other["val_loss"], rel=2e-3)
+    for found, expected in zip(only_run(tmp_path).epoch_records(), plain.epoch_records(), strict=True):
         for key in ("train/loss", "val/loss"):
             assert found[key] == pytest.approx(expected[key], rel=2e-3), (key, found["epoch"])
 
 
 @pytest.mark.parametrize("setting", ['data.cache="off"', "transfer.probe_augment=true"])
-def test_features_are_cached_only_without_augmentation_and_change_nothing(tmp_path: Path, setting: str) -> None:
-    cached = fit(lp_ft(tmp_path), quiet=True).epoch_records()
-    other = fit(lp_ft(tmp_path, setting), quiet=True)
+def test_features_are_cached_only_without_augmentation_and_change_nothing(
+    tmp_path: Path, plain: Run, setting: str
+) -> None:
+    other = fit(lp_ft(tmp_path, setting, *KEPT, "transfer.wise=[]"), quiet=True)
     assert "cached: inputs of head" not in other.log_file.read_text()
-    losses = [[record["train/loss"] for record in records] for records in (other.epoch_records(), cached)]
+    losses = [
+        [record["train/loss"] for record in records] for records in (other.epoch_records(), plain.epoch_records())
+    ]
     is_same = losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert is_same == (setting == 'data.cache="off"')
 

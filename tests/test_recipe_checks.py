@@ -346,6 +346,21 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         for key, value in (("probe_lr", "0.1"), ("probe_augment", "true"))
     ),
     (
+        'error: transfer.wise: only mode "lp_ft" uses it',
+        ["transfer.wise=[0.5]"],
+        ["transfer.wise=[0.5]", 'transfer.mode="lp_ft"', "transfer.probe_epochs=3"],
+    ),
+    (
+        "error: transfer.wise: is not possible with train.virtual_processes",
+        ["transfer.wise=[1]", 'transfer.mode="lp_ft"', "transfer.probe_epochs=3", "train.virtual_processes=4"],
+        ['transfer.mode="lp_ft"', "transfer.probe_epochs=3", "train.virtual_processes=4"],
+    ),
+    (
+        "error: transfer.wise: several values need a validation metric",
+        ["transfer.wise=[0.5,1]", 'transfer.mode="lp_ft"', "transfer.probe_epochs=3", 'train.best_metric="last"'],
+        ["transfer.wise=[0.5]", 'transfer.mode="lp_ft"', "transfer.probe_epochs=3", 'train.best_metric="last"'],
+    ),
+    (
         'error: train.grad_accum_steps: "auto" is not possible',
         ['transfer.mode="lp_ft"', "transfer.probe_epochs=5", 'train.grad_accum_steps="auto"'],
         ['transfer.mode="lp_ft"', "transfer.probe_epochs=5", "train.grad_accum_steps=2"],

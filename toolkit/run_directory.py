@@ -63,6 +63,14 @@ class _ModelMetrics(Shape):
     epoch: int = Field(ge=0)
 
 
+class _Wise(Shape):
+    """Entry of summary.json with transfer.wise: the chosen alpha, and size and SHA-256 of best.safetensors."""
+
+    alpha: float = Field(ge=0, le=1)
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
 class _Summary(Shape):
     """Schema of summary.json. Only the metrics of the two models are required; earlier versions wrote fewer keys."""
 
@@ -72,6 +80,7 @@ class _Summary(Shape):
     train_accuracy: Number = None
     last_thresholds: list[float] | None = None
     C: float | None = None
+    wise: _Wise | None = None
     epochs_run: int = Field(0, ge=0)
     stopped_early: bool = False
     parameters: int = Field(0, ge=0)
@@ -156,6 +165,11 @@ class RunDirectory:
     def starting_weights(self) -> Path:
         """Pretrained parameters before training; only written with transfer.l2_sp."""
         return self.checkpoints / "starting_weights.safetensors"
+
+    @property
+    def probed_weights(self) -> Path:
+        """State dict of the model after the probe of lp_ft; only written with transfer.wise."""
+        return self.checkpoints / "probed.safetensors"
 
     @property
     def figures(self) -> Path:

@@ -108,7 +108,8 @@ def log_model(target: Any, run: Run, log: Callable[[str], None]) -> list[Any]:
     from toolkit.training.trained_model import load_model
 
     summary, trained = run.summary, load_model(run.path)
-    epoch, is_best = summary["last"]["epoch"], summary["last"]["epoch"] == summary["best"]["epoch"]
+    epoch = summary["last"]["epoch"]
+    is_best = epoch == summary["best"]["epoch"] and "wise" not in summary
     versions = []
     if not is_best:
         if load_last_model(run, trained.module, epoch):

@@ -185,7 +185,9 @@ def evaluate_run(
         report.metrics += _compare("best", task.metrics(best, prefix), summary.get("best", {}), allowed)
         if split == "test" and summary:
             report.predictions_equal = _equal_rows(run, task, best, trained.classes)
-        if last and summary and (epoch := summary["last"]["epoch"]) != summary["best"]["epoch"]:
+        has_last = summary and (summary["last"]["epoch"] != summary["best"]["epoch"] or "wise" in summary)
+        if last and has_last:
+            epoch = summary["last"]["epoch"]
             if load_last_model(run, module, epoch):
                 entry = task.to_dict() | {"thresholds": summary.get("last_thresholds")}
                 last_task = task_from_dict(entry, task.classes)

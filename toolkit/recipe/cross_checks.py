@@ -74,7 +74,7 @@ def _lp_ft(recipe: Recipe) -> Iterator[Issue]:
     """Check that mode "lp_ft" has a probe and epochs after it, and that other modes do not have keys of the probe."""
     table, epochs, default = recipe.transfer, recipe.train.epochs, TransferConfig()
     if table.mode != "lp_ft":
-        for key in ("probe_epochs", "probe_lr", "probe_augment"):
+        for key in ("probe_epochs", "probe_lr", "probe_augment", "wise"):
             if getattr(table, key) != getattr(default, key):
                 text = f'only mode "lp_ft" uses it, not "{table.mode}"'
                 yield error(f"transfer.{key}", text, "transfer.mode", at="key")
@@ -85,6 +85,12 @@ def _lp_ft(recipe: Recipe) -> Iterator[Issue]:
     elif epochs is not None and table.probe_epochs >= epochs:
         text = f"{table.probe_epochs} epochs leave none of the run's {epochs:g} for fine-tuning"
         yield error("transfer.probe_epochs", text, "train.epochs")
+    if len(table.wise) > 1 and recipe.train.best_metric == "last":
+        text = 'several values need a validation metric to choose by, but train.best_metric is "last"'
+        yield error("transfer.wise", text, "train.best_metric", hint="give one value, such as wise = [0.5]")
+    if table.wise and recipe.train.virtual_processes is not None:
+        text = "is not possible with train.virtual_processes: recomputed batch norm depends on the number of processes"
+        yield error("transfer.wise", text, "train.virtual_processes", at="key")
     if recipe.train.grad_accum_steps == "auto":
         text = '"auto" is not possible with transfer.mode = "lp_ft", whose two phases need different memory'
         yield error("train.grad_accum_steps", text, "transfer.mode", hint="give a number")

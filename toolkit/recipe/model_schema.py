@@ -265,6 +265,12 @@ class TransferConfig(ConfigModel):
         description="lp_ft: whether random transforms, mixup and CutMix of [augment] also apply in the probe. Without "
         "them, the frozen backbone's features are computed once.",
     )
+    wise: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [],
+        description="lp_ft: WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903). The best model is (1 - alpha) x the "
+        "weights after the probe + alpha x those of the best epoch of fine-tuning, for the alpha in this list that is "
+        "best on validation, such as [0.0, 0.25, 0.5, 0.75, 1.0]. Default: none, as alpha = 1.",
+    )
     backbone_lr: float = Field(
         1.0, gt=0, le=1e6, description="Learning rate of the pretrained backbone, as a multiple of optimizer.lr."
     )

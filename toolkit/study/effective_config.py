@@ -151,6 +151,8 @@ def _transforms(recipe: Recipe) -> Hashable:
     for split, inputs in (*stages, ("validation", evaluated), ("test", evaluated)):
         steps = build_transform(split, recipe.augment, inputs).steps
         found += [f"{step.p:g} {_ADDRESS.sub('', repr(step))}" for step in steps if step.probability]
+    if recipe.transfer.mode == "lp_ft" and not is_deterministic("train", recipe.augment):
+        found.append(f"augmentation in the probe: {recipe.transfer.probe_augment}")
     if not is_deterministic("train", recipe.augment):
         found.append(f"{recipe.data.fixed_views} versions")
     mixed = recipe.augment
@@ -194,7 +196,7 @@ def _network(recipe: Recipe) -> Hashable:
     lora = (table.lora_rank, table.lora_alpha) if table.mode == "lora" else ()
     settings = sorted({(group["lr"], group["weight_decay"]) for group in groups})
     steps = _steps(recipe.optimizer, settings), _around_steps(recipe.optimizer), recipe.transfer.l2_sp
-    return model, tuple(trained), in_eval_mode, lora, described, later, steps
+    return model, tuple(trained), in_eval_mode, lora, described, later, steps, tuple(recipe.transfer.wise)
 
 
 def _classes(recipe: Recipe) -> int:
@@ -299,7 +301,16 @@ def _loop_values(recipe: Recipe) -> Any:
 
 PARTS = {
     "images": Component(lambda r: r.data.model_dump(exclude=NOT_BUILT | APPEARANCE), _images),
-    "transforms": Component(lambda r: [r.data.model_dump(exclude=NOT_BUILT), r.model, r.augment], _transforms),
+    "transforms": Component(
+        lambda r: [
+            r.data.model_dump(exclude=NOT_BUILT),
+            r.model,
+            r.augment,
+            r.transfer.mode == "lp_ft",
+            r.transfer.probe_augment,
+        ],
+        _transforms,
+    ),
     "network": Component(lambda r: [r.data.model_dump(include=SHAPE), r.model, r.transfer, r.optimizer], _network),
     "schedule": Component(
         lambda r: [

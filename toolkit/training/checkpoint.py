@@ -216,17 +216,18 @@ def link_best(folder: Path, epoch: int) -> Path:
     return target
 
 
-def finished_fault(folder: Path, epoch: int, classes: list[str]) -> str:
+def finished_fault(folder: Path, epoch: int, classes: list[str], weights: Mapping[str, Any] | None = None) -> str:
     """Return how ``best.safetensors`` or the classes of model.json differ from a finished run's last checkpoint, or "".
 
-    Nothing is compared if that checkpoint is gone or names a best epoch other than ``epoch``.
+    Nothing is compared if that checkpoint is gone or names a best epoch other than ``epoch``. ``weights``: size and
+    SHA-256 of ``best.safetensors`` if they are not those of an epoch.
     """
     for path in sorted((p for p in folder.glob("*.json") if checkpoint_step(p) is not None), reverse=True):
         try:
             manifest = read_json(path, _Manifest)
             if manifest.get("refused"):
                 continue
-            facts = manifest.get("best_weights")
+            facts = weights or manifest.get("best_weights")
             if facts is None or manifest.get("best_epoch") != epoch:
                 return ""
             if fault := _file_fault(folder / "best.safetensors", facts["bytes"], facts["sha256"]):

@@ -6,6 +6,7 @@ memory instead. Without test images, there are no test metrics and no prediction
 
 from __future__ import annotations
 
+import hashlib
 import resource
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,15 @@ from torch import nn
 from toolkit.distributed.process import StopTraining, broadcast_object
 from toolkit.errors import Interrupted, RunFailed
 from toolkit.models.lora import merge_lora
+from toolkit.models.pretrained import pack_state
 from toolkit.runs import Run
-from toolkit.training.checkpoint import best_path, link_best
+from toolkit.training.checkpoint import best_path, link_best, load_weights
 from toolkit.training.classification_metrics import CURVE_COLUMNS, curve_rows
 from toolkit.training.task import EvalResult, Task
 from toolkit.training.trained_model import load_model
 from toolkit.training.trainer import Trainer
-from toolkit.writing import csv_text
+from toolkit.training.wise import choose_interpolation
+from toolkit.writing import csv_text, write_atomically
 
 TOLERANCE = {"no": 1e-4, "bf16": 2e-2, "fp16": 1e-2}
 """Allowed relative difference between the logged loss and that of the saved weights, by precision.
@@ -64,6 +67,8 @@ class _FinalModels:
     last_task: Task
     test: EvalResult | None
     """Results of the best model; None for a run without test images."""
+    wise: dict[str, Any] | None = None
+    """Entry of summary.json with transfer.wise."""
 
 
 def _evaluate_both(training: Trainer) -> _FinalModels:
@@ -97,17 +102,43 @@ def _evaluate_both(training: Trainer) -> _FinalModels:
         _verify(training, task, validated)
     else:
         _verify_equal(training, written)
+    record, wise = progress.best, None
+    if training.recipe.transfer.wise and epoch > training.recipe.transfer.epochs_of_probe:
+        record, wise, task = _interpolate(training, run, written, network)
     has_test = training.setup.has("test")
     scored = training.setup.task.with_scores(len(training.setup.splits["test"]))
     test = training.evaluate_network(network, "test", scored) if has_test else None
-    best = _model_metrics(progress.best, task, test)
-    if progress.best["epoch"] == progress.last["epoch"]:
+    best = _model_metrics(record, task, test)
+    if epoch == progress.last["epoch"] and wise is None:
         return _FinalModels(best, dict(best), task, task, test)
     last_task = training.setup.task
     if last_task.is_tuned:
         last_task = last_task.with_thresholds_of(training.evaluate("validation"))
     last = _model_metrics(progress.last, last_task, training.evaluate("test") if has_test else None)
-    return _FinalModels(best, last, task, last_task, test)
+    return _FinalModels(best, last, task, last_task, test, wise)
+
+
+def _interpolate(
+    training: Trainer, run: Run, written: nn.Module, network: nn.Module
+) -> tuple[dict[str, Any], dict[str, Any], Task]:
+    """Replace the best weights by those of transfer.wise, in best.safetensors and in ``written`` (a collective).
+
+    Return the record of the best epoch with their validation metrics, the entry of summary.json, and the task with
+    their thresholds. ``network``: the part of ``written`` that is evaluated.
+    """
+    assert training.progress.best is not None
+    chosen, tried = choose_interpolation(training, written.state_dict())
+    data = pack_state(chosen.state, epoch=training.progress.best["epoch"], alpha=chosen.alpha)
+    if training.accelerator.is_main_process:
+        write_atomically(run.best_weights, data)
+    training.accelerator.wait_for_everyone()
+    written.load_state_dict(load_weights(run.best_weights))
+    training.display.log(f"best.safetensors: alpha {chosen.alpha:g} between the probe and the best epoch after it")
+    task = training.setup.task
+    if training.setup.has("validation"):
+        task = task.with_thresholds_of(training.evaluate_network(network, "validation"))
+    entry = {"alpha": chosen.alpha, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "tried": tried}
+    return training.progress.best | chosen.validation, entry, task
 
 
 def _verify_equal(training: Trainer, written: nn.Module) -> None:
@@ -152,10 +183,13 @@ def _model_metrics(record: dict[str, Any], task: Task, test: EvalResult | None) 
 
 
 def _write_results(training: Trainer, run: Run, models: _FinalModels) -> None:
-    """Write the chosen thresholds to model.json; of the test images predictions.csv, class_metrics.csv, curves.csv."""
+    """Write thresholds and alpha to model.json; of the test images predictions.csv, class_metrics.csv, curves.csv."""
     task, test, dataset = models.task, models.test, training.setup.dataset
-    if task.is_tuned:
-        run.write_json("checkpoints/model.json", run.model_card | {"task": task.to_dict()})
+    card = {"task": task.to_dict()} if task.is_tuned else {}
+    if models.wise is not None:
+        card["wise"] = models.wise["alpha"]
+    if card:
+        run.write_json("checkpoints/model.json", run.model_card | card)
     if test is None:
         return
     indices = training.setup.splits["test"]
@@ -180,6 +214,7 @@ def _summary(training: Trainer, models: _FinalModels) -> dict[str, Any]:
         **({} if thresholds is None else {"last_thresholds": thresholds}),
         **({} if progress.chosen_C is None else {"C": progress.chosen_C}),
         **({} if progress.chosen_k is None else {"k": progress.chosen_k}),
+        **({} if models.wise is None else {"wise": models.wise}),
         "train_loss": progress.last["train/loss"] if progress.last else None,
         "train_accuracy": progress.last["train/accuracy"] if progress.last else None,
         "epochs_run": progress.epoch,

@@ -46,7 +46,7 @@ class RunningMetrics:
     """Sums since the last logged step, in the same order."""
 
     @classmethod
-    def zero(cls, device: torch.device, virtual: int | None) -> RunningMetrics:
+    def zero(cls, device: torch.device, virtual: int | None = None) -> RunningMetrics:
         """Return zero sums, in float32 on MPS, which has no float64. ``virtual``: number of virtual processes."""
         zero = torch.zeros(
             virtual or 1, 3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device

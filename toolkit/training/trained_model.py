@@ -77,6 +77,7 @@ class _Card(Shape):
     transforms: list[dict[str, Any]] = Field([])
     frozen_sha256: str | None = None
     head: Literal["knn"] | None = None
+    wise: float | None = Field(None, ge=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _check_finished(folder: Path, weights: Path, classes: list[str]) -> None:
         return
     with contextlib.suppress(UnreadableFile):  # prediction works without the summary
         epoch = run.summary["best"]["epoch"]
-        if fault := finished_fault(folder, epoch, classes):
+        if fault := finished_fault(folder, epoch, classes, run.summary.get("wise")):
             raise UserError(f"{folder}: {fault}: it was edited, or belongs to another run. Restore the run's own file")
 
 

@@ -24,11 +24,12 @@ from toolkit.distributed.signals import GracefulStop
 from toolkit.errors import Interrupted, RunFailed
 from toolkit.formatting import duration
 from toolkit.metrics import higher_is_better
+from toolkit.models.pretrained import pack_state
 from toolkit.runs import Run
 from toolkit.trackers import Tracking
 from toolkit.training.accum_steps import settle_accum_steps
 from toolkit.training.build_trainer import build_train_step, place_model, unfreeze
-from toolkit.training.checkpoint import CheckpointStep, first_not_finite
+from toolkit.training.checkpoint import CheckpointStep, first_not_finite, load_weights
 from toolkit.training.console import ProgressBar, epoch_line
 from toolkit.training.context import TrainingContext
 from toolkit.training.evaluation import evaluate
@@ -50,6 +51,7 @@ from toolkit.training.state import (
 )
 from toolkit.training.task import EvalResult, Task
 from toolkit.training.train_step import RunningMetrics, TrainCallbacks, TrainStep
+from toolkit.writing import write_atomically
 
 EpochCallback = Callable[[Run, dict[str, Any]], object]
 """Called on the main process at the end of each epoch, with the run and the epoch's line of metrics.jsonl.
@@ -104,6 +106,9 @@ class Trainer:
             restore_rest(self, checkpoint)
             if checkpoint.get("best_lost"):
                 choose_best_again(self)
+            if self.recipe.transfer.wise and self.progress.epochs_begun > self.recipe.transfer.epochs_of_probe:
+                assert run is not None
+                load_weights(run.probed_weights)  # it must be intact at the end of the run
             self.display.log(f"resuming after epoch {self.progress.epoch}, step {self.progress.step}")
         self.writer.begin(self.progress.metrics_bytes, self.display.log)
 
@@ -125,9 +130,15 @@ class Trainer:
         self.accelerator.unwrap_model(step.wrapped, keep_fp32_wrapper=False)
         step.wrapped = step.network  # the last reference to DDP's hooks, which must not remain on the head
         self.accelerator.free_memory()
+        if self.recipe.transfer.wise:
+            self._written(self._write_probed_weights, "the weights after the probe could not be written", must=True)
         self._build_phase(self.recipe.transfer.epochs_of_probe + 1)
         self.train_step.l2_sp = step.l2_sp
         self.first_image = None
+
+    def _write_probed_weights(self) -> None:
+        if self.run is not None:
+            write_atomically(self.run.probed_weights, pack_state(self.setup.built.module.state_dict()))
 
     # -- epochs -------------------------------------------------------------------------------------------------------
 
@@ -247,6 +258,9 @@ class Trainer:
         best_metric, best = self.recipe.train.best_metric, self.progress.best
         if best_metric == "last":
             return self.progress.stopped_early or bool(record["epoch"] >= self.setup.length.epochs)
+        probe = self.recipe.transfer.epochs_of_probe
+        if self.recipe.transfer.wise and best is not None and best["epoch"] <= probe < record["epoch"]:
+            return True  # interpolation is between the probe and the best epoch of fine-tuning
         return best is None or epoch_rank(record, best_metric) > epoch_rank(best, best_metric)
 
     def _average_statistics(self) -> None:
