@@ -176,6 +176,31 @@ def test_gaussian_initialization() -> None:
             assert abs(float(parameter.detach().mean())) < 0.003
 
 
+def test_dirac_initialization_copies_the_input_channels() -> None:
+    blocks = [ConvBlock(channels=5), ConvBlock(channels=2, kernel=1, padding=0)]
+    table = ConvNetConfig(blocks=blocks, init="dirac", activation="none", batch_norm_eps=1e-3, batch_norm_momentum=0.4)
+    built = build_model(ModelConfig(source="toolkit", convnet=table), 10, 3, 8)
+    images = torch.randn(2, 3, 8, 8)
+    first = built.module.get_submodule("blocks.0")(images)
+    torch.testing.assert_close(first[:, :3], images)
+    assert first[:, 3:].std() > 0.01, "the other filters have PyTorch's initialization"
+    torch.testing.assert_close(built.module.get_submodule("blocks.1")(first), first[:, :2])
+
+
+def test_the_constants_of_batch_norm() -> None:
+    table = ConvNetConfig(blocks=[ConvBlock(channels=5, batch_norm=True)], batch_norm_eps=1e-3, batch_norm_momentum=0.4)
+    norm = build_model(ModelConfig(source="toolkit", convnet=table), 10, 3, 8).module.get_submodule("blocks.0.norm")
+    assert (norm.eps, norm.momentum) == (1e-3, 0.4)
+
+
+def test_a_whitening_convolution_with_another_number_of_channels_is_refused() -> None:
+    table = ConvNetConfig(blocks=[ConvBlock(channels=20, kernel=2, padding=0, whiten=True)])
+    with pytest.raises(UserError, match=r"whiten needs channels = 24, 2 x 3 input channels x 2 x 2 pixels, not 20"):
+        build_model(ModelConfig(source="toolkit", convnet=table), 10, 3, 8)
+    with pytest.raises(ValueError, match="only possible in the first block"):
+        ConvNetConfig(blocks=[ConvBlock(channels=24), ConvBlock(channels=24, whiten=True)])
+
+
 # Heads, stems, channels
 
 

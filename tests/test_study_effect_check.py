@@ -109,6 +109,9 @@ WITH_EFFECT = {
     "blocks": ("model.convnet.blocks = [[{ channels = 4 }], [{ channels = 5 }]]", ()),
     "rank of LoRA": ("transfer.lora_rank = [1, 2]", ('transfer.mode="lora"', 'model.weights="file:w.pth"')),
     "scale of LoRA": ("transfer.lora_alpha = [1.0, 2.0]", ('transfer.mode="lora"', 'model.weights="file:w.pth"')),
+    "whitening": (
+        "model.convnet.blocks = [[{ channels = 8, kernel = 2, whiten = true }], [{ channels = 8, kernel = 2 }]]", (),
+    ),
     "first values": ('model.convnet.init = ["default", "gaussian"]', ()),
     "dropout": ("model.head.dropout = [0.1, 0.5]", ()),
     "batch": ("train.batch_size = [8, 16]", ()),

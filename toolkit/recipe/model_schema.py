@@ -61,6 +61,13 @@ class ConvBlock(ConfigModel):
         None, description="Dropout probability, at its position in `order`. Default: dropout of [model.convnet]."
     )
 
+    whiten: bool = Field(
+        False,
+        description="First block: initialize the convolution with the eigenvectors of the covariance of training "
+        "patches, so that its outputs are uncorrelated, and their negatives; channels must be 2 x input channels x "
+        'kernel ** 2. Usually frozen, by transfer.freeze = ["blocks.0.conv.weight"] (Jordan 2024, arXiv:2404.00498).',
+    )
+
     @model_validator(mode="after")
     def _padding_at_most_kernel(self) -> ConvBlock:
         if self.padding > self.kernel:
@@ -75,6 +82,13 @@ class ConvNetConfig(ConfigModel):
 
     blocks: list[ConvBlock] = Field(min_length=1, description="Convolution blocks, from input to output.")
     batch_norm: bool = Field(False, description="Batch norm in every block that does not override it.")
+    batch_norm_momentum: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Weight of the newest batch in the running statistics of batch norm, as in PyTorch.",
+    )
+    batch_norm_eps: float = Field(1e-5, gt=0, le=1, description="Value added to the variance in batch norm.")
     bias: Literal["auto"] | bool = Field(
         "auto",
         description="Whether convolutions have a bias. auto: yes, unless batch norm follows with only pooling in "
@@ -85,10 +99,12 @@ class ConvNetConfig(ConfigModel):
         ["conv", "norm", "act", "pool", "dropout"], min_length=1, description="Order of the layers in a block."
     )
     activation: Activation = Field("relu", description="Activation in all blocks.")
-    init: Literal["default", "gaussian"] = Field(
+    init: Literal["default", "gaussian", "dirac"] = Field(
         "default",
         description="default: PyTorch's initialization. gaussian: weights of convolutions and linear layers from a "
-        "normal distribution with mean 0 and standard deviation init_std, biases 0.",
+        "normal distribution with mean 0 and standard deviation init_std, biases 0. dirac: as many filters of each "
+        "convolution as it has input channels copy one of them, biases of convolutions 0, the rest as by default "
+        "(Jordan 2024).",
     )
     init_std: float = Field(0.05, gt=0, le=1000, description="gaussian: standard deviation.")
 
@@ -109,6 +125,12 @@ class ConvNetConfig(ConfigModel):
     def dropout_of(self, block: ConvBlock) -> float:
         """Dropout probability of a block: its own setting if given, else that of the table."""
         return self.dropout if block.dropout is None else block.dropout
+
+    @model_validator(mode="after")
+    def _only_the_first_block_whitens(self) -> ConvNetConfig:
+        if any(block.whiten for block in self.blocks[1:]):
+            raise ValueError("whiten is only possible in the first block")
+        return self
 
     @model_validator(mode="after")
     def _order_complete(self) -> ConvNetConfig:

@@ -41,6 +41,7 @@ from toolkit.recipe.schema import DataConfig, OptimizerConfig, Recipe
 from toolkit.recipe.training_schema import LOSS_KEYS
 from toolkit.training.lr_schedule import gamma_of, scheduled_rate
 from toolkit.training.optimizer import build_optimizer
+from toolkit.training.whitening import whitens
 
 STEPS = 8
 """Number of optimizer steps to take."""
@@ -172,7 +173,7 @@ def _network(recipe: Recipe) -> Hashable:
         weights = next(iter(weights_names(recipe.model.source, recipe.model.name)), weights)
     shapes = tuple((name, tuple(value.shape)) for name, value in built.module.state_dict().items())
     start = _start(recipe) if recipe.model.source == "toolkit" else ""
-    model = str(built.module), shapes, weights, start, _text(recipe.model.args)
+    model = str(built.module), shapes, weights, start, _text(recipe.model.args), whitens(recipe.model)
 
     transfer = apply_transfer(built, recipe.transfer)
     groups = param_groups(built, recipe.transfer, recipe.optimizer)

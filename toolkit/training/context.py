@@ -26,7 +26,7 @@ from toolkit.data.shard_source import check_reading_order
 from toolkit.data.splits import SPLITS, check_splits, describe_splits, split_dataset, split_hash
 from toolkit.data.value_range import choose_range, describe_range
 from toolkit.distributed.cpu_count import available_cpus
-from toolkit.distributed.process import broadcast_object, local_processes, main_first
+from toolkit.distributed.process import broadcast_object, local_processes, main_first, main_only
 from toolkit.errors import UserError
 from toolkit.formatting import batch_split, plural
 from toolkit.hashing import json_hash
@@ -41,6 +41,7 @@ from toolkit.training.lr_schedule import check_schedule, scheduled_rate
 from toolkit.training.model_checks import batch_dependence, check_fit, check_gradients
 from toolkit.training.single_value_batches import check_single_value_batches
 from toolkit.training.task import Task, build_task, check_label_splits, check_labels
+from toolkit.training.whitening import set_whitening_filters, whitening_filters, whitens
 
 SHOWN = 10
 """Maximum number of unreadable images listed in a message."""
@@ -164,6 +165,12 @@ def build_context(
         return with_neighbors(found) if recipe.transfer.mode == "knn" else found
 
     built = main_first(accelerator, build)  # weights are downloaded once
+    if whitens(recipe.model):
+        first = recipe.model.convnet.blocks[0].kernel  # type: ignore[union-attr]
+        set_whitening_filters(
+            built.module,
+            main_only(accelerator, lambda: whitening_filters(dataset.images, splits["train"], stages[0], first)),
+        )
     transfer = apply_transfer(built, recipe.transfer)
     check_sizes(built, recipe.model, channels, sorted({*sizes, evaluated.image_size} - {size}))
     check_single_value_batches(built, transfer, train, count, world, channels, min(sizes, key=math.prod))
