@@ -55,7 +55,7 @@ def test_a_published_recipe_passes_a_dry_run(
                 "data.background_class=false", "train.batch_size=4", "train.drop_last=false"]  # fmt: skip
     recipe = load(path).recipe
     split = recipe.data.split
-    if recipe.data.dataset.startswith("cifar"):
+    if recipe.data.dataset.startswith("cifar") and recipe.data.image_size is None:
         settings += ["data.image_size=32"]
     elif "base" in recipe.model.name:  # 86 million parameters
         settings += ["data.image_size=64", "data.resize=64"]
