@@ -15,7 +15,7 @@ from trainers import EMA, STATEFUL, Trainers, at_call, kill_self, only_run, outc
 from toolkit.data.sampling import RunLength, SamplingPlan, run_length
 from toolkit.recipe import RecipeError, load_recipe, loads_recipe
 from toolkit.recipe.schema import TrainConfig
-from toolkit.training.checkpoint import find_latest, load_checkpoint
+from toolkit.training.checkpoint import find_latest, load_checkpoint, load_weights
 from toolkit.training.train_step import TrainStep
 
 STEPS = 7
@@ -142,9 +142,24 @@ def test_the_schedule_ends_with_the_last_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_after_one_step_biases_with_a_rate_of_their_own_have_moved_so_many_times_as_far(tmp_path: Path) -> None:
+    own = 'optimizer.groups=[{ pattern = "*.bias", lr_scale = 64.0 }]'
+    settings = ("train.steps=1", "optimizer.momentum=0.0", 'train.best_metric="last"')
+    weights = []
+    for name, more in (("start", ["optimizer.lr=1e-30"]), ("plain", []), ("own", [own])):
+        run, shown = train(tmp_path / name, CONVNET, *settings, *more)
+        weights.append(load_weights(run.best_weights))
+    assert "*.bias: 14 trainable parameters, learning rate x 64" in shown
+    for name, start in weights[0].items():
+        factor = 64.0 if name.endswith(".bias") else 1.0
+        torch.testing.assert_close(weights[2][name] - start, factor * (weights[1][name] - start), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_killed_in_its_last_partial_epoch_gives_the_same_bytes(tmp_path: Path, world: int) -> None:
-    settings = (*EMA, "--set", "train.steps=17", "--set", "checkpoint.every_steps=1")
+    groups = 'optimizer.groups=[{ pattern = "*.bias", lr_scale = 4.0, weight_decay = 0.0 }]'
+    settings = (*EMA, "--set", "train.steps=17", "--set", "checkpoint.every_steps=1", "--set", groups)
     plain = uninterrupted(world, STATEFUL, *settings)
     recipe = write_recipe(tmp_path, STATEFUL)
 

@@ -398,6 +398,52 @@ def test_parameter_groups_have_learning_rates_by_layer_group() -> None:
     assert [row.lr for row in rows] == pytest.approx([0.4 * scale for scale in scales])
 
 
+def test_optimizer_groups_have_their_own_rate_and_weight_decay() -> None:
+    built = fresh("resnet18")
+    table = TransferConfig(mode="finetune", backbone_lr=0.1, head_lr=2.0)
+    apply_transfer(built, table)
+    own = [
+        {"pattern": "fc.*", "lr_scale": 5.0},
+        {"pattern": "*.bias", "lr_scale": 64.0, "weight_decay": 0.03},
+        {"pattern": "layer4.*", "weight_decay": 0.0},
+    ]
+    optimizer = OptimizerConfig(lr=0.1, weight_decay=0.01, decay_bias_and_norm=False, groups=own)
+    groups = param_groups(built, table, optimizer)
+    found = {id(p): (g["lr_scale"], g["weight_decay"], g["lr"]) for g in groups for p in g["params"]}
+    for name, parameter in built.module.named_parameters():
+        if name.startswith("fc."):
+            scale, decay = 10.0, 0.01 if parameter.ndim > 1 else 0.0
+        elif name.endswith(".bias"):
+            scale, decay = 6.4, 0.03
+        elif name.startswith("layer4."):
+            scale, decay = 0.1, 0.0
+        else:
+            scale, decay = 0.1, 0.01 if parameter.ndim > 1 else 0.0
+        assert found[id(parameter)] == pytest.approx((scale, decay, 0.1 * scale)), name
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    assert len({group["name"] for group in groups}) == len(groups)
+
+
+def test_optimizer_groups_apply_to_parameters_that_are_unfrozen_later() -> None:
+    table = TransferConfig(mode="gradual", unfreeze_at=[2])
+    built = fresh("resnet18")
+    transfer = apply_transfer(built, table)
+    optimizer = OptimizerConfig(lr=0.1, groups=[{"pattern": "*.bias", "lr_scale": 64.0}])
+    groups = param_groups(built, table, optimizer)
+    transfer.unfreeze_for_epoch(2)
+    later = param_groups(built, table, optimizer, groups)
+    scales = {id(p): group["lr_scale"] for group in (*groups, *later) for p in group["params"]}
+    for name in transfer.trainable:
+        assert scales[id(built.module.get_parameter(name))] == (64.0 if name.endswith(".bias") else 1.0)
+
+
+def test_an_optimizer_group_without_a_parameter_is_an_error() -> None:
+    built = fresh("resnet18")
+    optimizer = OptimizerConfig(lr=0.1, groups=[{"pattern": "*.bais"}])
+    with pytest.raises(UserError, match=r"optimizer\.groups: no parameter's name matches '\*\.bais'"):
+        param_groups(built, TransferConfig(mode="finetune"), optimizer)
+
+
 def test_the_layer_group_table_of_a_linear_probe() -> None:
     """ResNet18 has 11,176,512 parameters below its last layer; layer group sizes as published."""
     built = fresh("resnet18")

@@ -19,6 +19,7 @@ from toolkit.models.build import ModelBundle
 from toolkit.models.layer_groups import LayerGroup, block_depths, is_under
 from toolkit.models.lora import add_lora, base_name, is_lora
 from toolkit.recipe.schema import OptimizerConfig, TransferConfig
+from toolkit.recipe.training_schema import ParameterGroup
 
 NORMALIZATION_LAYERS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -128,7 +129,10 @@ def apply_transfer(built: ModelBundle, table: TransferConfig) -> Transfer:
         excluded = [*built.heads, *([built.new_stem] if built.new_stem else [])]
         add_lora(built.module, table.lora_rank, table.lora_alpha, table.lora_targets, excluded)
     names = [name for name, _ in built.module.named_parameters()]
-    frozen, trained = _matches("freeze", table.freeze, names, built), _matches("train", table.train, names, built)
+    frozen, trained = (
+        _matches("transfer.freeze", table.freeze, names, built),
+        _matches("transfer.train", table.train, names, built),
+    )
     for name, parameter in built.module.named_parameters():
         parameter.requires_grad_(name in trained or (_trains_by_mode(built, table, name) and name not in frozen))
     transfer = Transfer(built, table, frozenset(frozen - trained))
@@ -190,7 +194,7 @@ def _matches(key: str, patterns: list[str], names: list[str], built: ModelBundle
         matched = {name for name in names if fnmatchcase(base_name(name), pattern)}
         if not matched:
             raise UserError(
-                f"transfer.{key}: no parameter's name matches {pattern!r}; names are like {names[0]}, {names[-1]}, "
+                f"{key}: no parameter's name matches {pattern!r}; names are like {names[0]}, {names[-1]}, "
                 f"and the layer groups are {_listed(built)}"
             )
         found |= matched
@@ -260,28 +264,37 @@ def param_groups(
 
     Each group has params, lr, weight_decay, name and lr_scale, the multiple of optimizer.lr that a scheduler must keep.
     """
+    names = [name for name, _ in built.module.named_parameters()]
+    _matches("optimizer.groups", [own.pattern for own in optimizer.groups], names, built)
+    own = [ParameterGroup(pattern="*"), *optimizer.groups]  # the first one is for names that no pattern matches
     known = {id(p) for group in groups for p in group["params"]}
     found = []
-    for title, names, lr_scale in _lr_groups(built, table):
-        fresh = [
-            (name, p)
-            for name, p in built.module.named_parameters()
-            if name in names and p.requires_grad and id(p) not in known
-        ]
-        plain = [p for name, p in fresh if _has_decay(built, table, optimizer, name, p)]
-        exempt = [p for name, p in fresh if not _has_decay(built, table, optimizer, name, p)]
-        for params, decay, suffix in ((plain, optimizer.weight_decay, ""), (exempt, 0.0, " (no decay)")):
-            if params:
-                found.append(
-                    {
-                        "params": params,
-                        "lr": optimizer.lr * lr_scale,
-                        "lr_scale": lr_scale,
-                        "weight_decay": decay,
-                        "name": title + suffix,
-                    }
-                )
+    for title, inside, lr_scale in _lr_groups(built, table):
+        divided: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for name, parameter in built.module.named_parameters():
+            if name in inside and parameter.requires_grad and id(parameter) not in known:
+                number = _own_group(optimizer, name)
+                has_decay = own[number].weight_decay is not None or _has_decay(built, table, optimizer, name, parameter)
+                divided.setdefault((number, not has_decay), []).append(parameter)
+        for number, is_exempt in sorted(divided):
+            scale, decay = lr_scale * own[number].lr_scale, own[number].weight_decay
+            suffix = f", {own[number].pattern}" if number else ""
+            found.append(
+                {
+                    "params": divided[number, is_exempt],
+                    "lr": optimizer.lr * scale,
+                    "lr_scale": scale,
+                    "weight_decay": 0.0 if is_exempt else optimizer.weight_decay if decay is None else decay,
+                    "name": f"{title}{suffix}{' (no decay)' if is_exempt else ''}",
+                }
+            )
     return found
+
+
+def _own_group(optimizer: OptimizerConfig, name: str) -> int:
+    """Return the number, from 1, of the first of optimizer.groups that matches a parameter's name; 0 if none does."""
+    numbered = enumerate(optimizer.groups, 1)
+    return next((number for number, group in numbered if fnmatchcase(base_name(name), group.pattern)), 0)
 
 
 def _has_decay(
@@ -290,6 +303,18 @@ def _has_decay(
     """Return whether weight decay applies to a parameter; L2-SP takes its place for pretrained ones."""
     is_exempt = not optimizer.decay_bias_and_norm and parameter.ndim <= 1
     return not is_exempt and not (table.l2_sp and is_pretrained(built, name))
+
+
+def describe_groups(built: ModelBundle, optimizer: OptimizerConfig) -> list[str]:
+    """Return a line for each of optimizer.groups: its pattern, its number of trained parameters, and its settings."""
+    counts = [0] * (len(optimizer.groups) + 1)
+    for name, parameter in built.module.named_parameters():
+        counts[_own_group(optimizer, name)] += parameter.numel() if parameter.requires_grad else 0
+    return [
+        f"{group.pattern}: {count:,} trainable parameters, learning rate x {group.lr_scale:g}"
+        + ("" if group.weight_decay is None else f", weight decay {group.weight_decay:.3g}")
+        for group, count in zip(optimizer.groups, counts[1:], strict=True)
+    ]
 
 
 def _lr_scales(built: ModelBundle, table: TransferConfig) -> list[float]:

@@ -32,6 +32,28 @@ from toolkit.recipe.base import (
 )
 
 
+class ParameterGroup(ConfigModel):
+    """Parameters with a learning rate or weight decay of their own."""
+
+    pattern: str = Field(
+        min_length=1,
+        description="Pattern of the parameters' names, such as *.bias; the first group that matches counts.",
+    )
+    lr_scale: float = Field(
+        1.0,
+        gt=0,
+        le=1e6,
+        description="Learning rate as a multiple of optimizer.lr, in addition to transfer.head_lr, backbone_lr and "
+        "layer_decay.",
+    )
+    weight_decay: float | None = Field(
+        None,
+        ge=0,
+        le=1e6,
+        description="Weight decay. Default: that of other parameters (optimizer.weight_decay, decay_bias_and_norm).",
+    )
+
+
 class OptimizerConfig(ConfigModel):
     """The optimizer and its hyperparameters."""
 
@@ -49,6 +71,9 @@ class OptimizerConfig(ConfigModel):
     )
     decay_bias_and_norm: bool = Field(
         True, description="Whether weight decay also applies to biases and normalization layers."
+    )
+    groups: list[ParameterGroup] = Field(
+        [], description="Parameters with a learning rate or weight decay of their own, by patterns of their names."
     )
     args: dict[str, Any] = Field(
         {}, description="Additional arguments of the optimizer, such as betas = [0.9, 0.99] or eps."

@@ -33,7 +33,7 @@ from toolkit.hashing import json_hash
 from toolkit.models.build import ModelBundle, build_model, check_sizes, expected_input
 from toolkit.models.keyed_dropout import DropoutKeys, key_dropout_layers
 from toolkit.models.neighbors import with_neighbors
-from toolkit.models.transfer import Transfer, apply_transfer, layer_group_table
+from toolkit.models.transfer import Transfer, apply_transfer, describe_groups, layer_group_table
 from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.training.console import Console, table
 from toolkit.training.ema import short_run_warning
@@ -354,6 +354,7 @@ def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
         f"transfer {recipe.transfer.mode}{module_text}",
         *(f"  {note}" for note in built.notes),
         table(cells, header, frozenset((1, 2, 3, 4))),
+        *describe_groups(built, recipe.optimizer),
         f"images {counts}; {plural(len(setup.dataset.classes), 'class', 'classes')}; input {inputs}",
         f"batch size {batch_split(train.batch_size, setup.accelerator.num_processes, setup.accum_steps)}; "
         f"{plural(setup.steps, 'step')} per epoch, {_length_text(setup)}",
