@@ -109,6 +109,7 @@ ELSEWHERE = {
     r"toolkit data recipes/.*": "test_cli_data.py::test_",
     r"toolkit data .*--write-table.*": "test_write_table.py::test_",
     r"toolkit explain .*": "test_explain.py::test_",
+    r"toolkit calibrate .*": "test_calibrate.py::test_",
     r"toolkit embed .*": "test_embed.py::test_",
     r"toolkit predict RUN @.*": "test_predict.py::test_",
 }

@@ -12,6 +12,7 @@ import typer
 
 from toolkit.cli.bench import bench
 from toolkit.cli.cache import cache
+from toolkit.cli.calibrate import calibrate
 from toolkit.cli.embed import embed
 from toolkit.cli.errors import command
 from toolkit.cli.estimate import data, doctor, pack, plan
@@ -50,7 +51,7 @@ app = typer.Typer(
 COMMANDS = (
     new, train, recipes, validate, show, diff, schema, plan, data, pack, models, transforms, optimizers, datasets,
     plugins, doctor, bench, find_lr, cache, submit, status, logs, cancel, study, sweep, soup, table, report,
-    evaluate, predict, embed, explain, export, publish, sync,
+    evaluate, predict, embed, explain, calibrate, export, publish, sync,
 )  # fmt: skip
 for function in COMMANDS:
     app.command()(function)

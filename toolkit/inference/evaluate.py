@@ -7,13 +7,13 @@ independently of the current number of processes, so all metrics are bitwise equ
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit.augment.transforms import build_transform
 from toolkit.data.dataloader import EvaluationLoader, SplitDataset, WorkerBatches, worker_count
@@ -28,7 +28,7 @@ from toolkit.runs import Run
 from toolkit.similar_names import did_you_mean
 from toolkit.training.checkpoint import find_latest, load_checkpoint
 from toolkit.training.console import table
-from toolkit.training.evaluation import evaluate
+from toolkit.training.evaluation import Outcomes, evaluate
 from toolkit.training.resume import check_recipe
 from toolkit.training.task import EvalResult, Task, task_from_dict
 from toolkit.training.trained_model import TrainedModel, load_model, load_state
@@ -83,9 +83,10 @@ class ReevaluationReport:
 
     @property
     def best(self) -> dict[str, float]:
-        """Metrics of the best model, without the prefix of the split."""
+        """Metrics of the best model as it predicts (calibrated, if it is), without the prefix of the split."""
         prefix = PREFIXES.get(self.split, f"{self.split}_")
-        return {each.name.removeprefix(prefix): each.evaluated for each in self.metrics if each.model == "best"}
+        models = [each.model for each in self.metrics if each.model != "last"]
+        return {each.name.removeprefix(prefix): each.evaluated for each in self.metrics if each.model == models[-1]}
 
     @property
     def conclusion(self) -> str:
@@ -158,46 +159,100 @@ def evaluate_run(
             f"{run.path} has no {split} images (data.split.{split}); "
             f"choose another split: --split {' or '.join(others)}"
         )
-    trained, recipe = load_model(run.path, model=run.factory), run.recipe
+    trained = load_model(run.path, model=run.factory)
     summary: dict[str, Any] = {}
     if run.is_finished:
         check_recipe(run)
         summary = run.summary
     dataset, indices = split_images(run, split, trained, data_root)
-    transform = build_transform(split, recipe.augment, trained.preprocessing)
-    images = SplitDataset(dataset.images, dataset.labels, indices, transform, recipe.recipe.seed)
-    loader = split_loader(run, images, summary.get("processes") or run.processes, accelerator)
-    module, task, channels_last = trained.module.to(accelerator.device), trained.task, recipe.train.channels_last
-    if channels_last:
-        module.to(memory_format=torch.channels_last)
-
-    def measure() -> EvalResult:
-        dtype, labels = autocast_dtype(accelerator.mixed_precision), dataset.labels[indices]
-        return evaluate(
-            module, loader, labels, task, accelerator.device, autocast_dtype=dtype, channels_last=channels_last
-        )
-
     report = ReevaluationReport(split, len(indices))
     prefix = PREFIXES.get(split, f"{split}_")
     allowed = max(ROUNDING[accelerator.mixed_precision or "no"], ROUNDING[summary.get("precision") or "no"])
-    try:
-        best = measure()
-        report.metrics += _compare("best", task.metrics(best, prefix), summary.get("best", {}), allowed)
-        if split == "test" and summary:
-            report.predictions_equal = _equal_rows(run, task, best, trained.classes)
-        has_last = summary and (summary["last"]["epoch"] != summary["best"]["epoch"] or "wise" in summary)
-        if last and has_last:
-            epoch = summary["last"]["epoch"]
-            if load_last_model(run, module, epoch):
-                entry = task.to_dict() | {"thresholds": summary.get("last_thresholds")}
-                last_task = task_from_dict(entry, task.classes)
-                report.metrics += _compare("last", last_task.metrics(measure(), prefix), summary["last"], allowed)
-            else:
-                report.notes.append(f"the last model was not evaluated: no intact checkpoint of epoch {epoch} is left")
-    finally:
-        loader.close()
+    plain, used = replace(trained.task, temperature=1.0), trained.task
+    if used.temperature == 1:
+        best = measure(run, trained, split, (dataset, indices), plain, accelerator)
+    else:
+        best, calibrated = measure_both(run, trained, split, (dataset, indices), (plain, used), accelerator)
+        report.metrics += _compare("calibrated", used.metrics(calibrated, prefix), {}, allowed)
+        report.notes.append(f"calibrated: the best model with its logits divided by {used.temperature:.4g}")
+    report.metrics[:0] = _compare("best", plain.metrics(best, prefix), summary.get("best", {}), allowed)
+    if split == "test" and summary:
+        report.predictions_equal = _equal_rows(run, plain, best, trained.classes)
+    has_last = summary and (summary["last"]["epoch"] != summary["best"]["epoch"] or "wise" in summary)
+    if last and has_last:
+        epoch = summary["last"]["epoch"]
+        if load_last_model(run, trained.module, epoch):
+            entry = plain.to_dict() | {"thresholds": summary.get("last_thresholds")}
+            last_task = task_from_dict(entry, plain.classes)
+            found = measure(run, trained, split, (dataset, indices), last_task, accelerator)
+            report.metrics += _compare("last", last_task.metrics(found, prefix), summary["last"], allowed)
+        else:
+            report.notes.append(f"the last model was not evaluated: no intact checkpoint of epoch {epoch} is left")
     report.notes += _notes(trained, summary, accelerator)
     return report
+
+
+def measure(
+    run: Run,
+    trained: TrainedModel,
+    split: str,
+    images: tuple[Dataset, IntArray],
+    outcomes: Outcomes,
+    accelerator: Accelerator,
+) -> EvalResult:
+    """Evaluate a model on a split as the run evaluates it, in the same batches. Collective.
+
+    ``images``: data set and indices, from :func:`split_images`. ``outcomes``: what to compute, such as the task.
+    """
+    (dataset, indices), recipe = images, run.recipe
+    transform = build_transform(split, recipe.augment, trained.preprocessing)
+    chosen = SplitDataset(dataset.images, dataset.labels, indices, transform, recipe.recipe.seed)
+    processes = run.summary.get("processes") if run.is_finished else None
+    loader = split_loader(run, chosen, processes or run.processes, accelerator)
+    module = trained.module.to(accelerator.device)
+    if recipe.train.channels_last:
+        module.to(memory_format=torch.channels_last)
+    try:
+        return evaluate(
+            module,
+            loader,
+            dataset.labels[indices],
+            outcomes,
+            accelerator.device,
+            autocast_dtype=autocast_dtype(accelerator.mixed_precision),
+            channels_last=recipe.train.channels_last,
+        )
+    finally:
+        loader.close()
+
+
+@dataclass(frozen=True)
+class _Both:
+    """The outcomes of two tasks next to each other, from the same logits."""
+
+    first: Task
+    second: Task
+
+    @property
+    def width(self) -> int:
+        return self.first.width + self.second.width
+
+    def outcomes(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.cat([self.first.outcomes(logits, labels), self.second.outcomes(logits, labels)], 1)
+
+
+def measure_both(
+    run: Run,
+    trained: TrainedModel,
+    split: str,
+    images: tuple[Dataset, IntArray],
+    tasks: tuple[Task, Task],
+    accelerator: Accelerator,
+) -> tuple[EvalResult, EvalResult]:
+    """Evaluate a model in one pass, like :func:`measure`, for two tasks that differ in the temperature. Collective."""
+    found = measure(run, trained, split, images, _Both(*tasks), accelerator)
+    width = tasks[0].width
+    return EvalResult(found.outcomes[:, :width], found.labels), EvalResult(found.outcomes[:, width:], found.labels)
 
 
 def split_loader(run: Run, images: SplitDataset, processes: int, accelerator: Accelerator) -> EvaluationLoader:

@@ -320,8 +320,8 @@ def _predicted(trained: TrainedModel, subjects: Sequence[CamInput]) -> Iterator[
         for subject, row in zip(part, trained.task.probabilities(logits).numpy(), strict=True):
             ranking = np.argsort(-row, kind="stable")
             chosen = ranking[:1]
-            if trained.task.thresholds is not None:
-                is_chosen = row >= trained.task.thresholds
+            if trained.task.decision_thresholds is not None:
+                is_chosen = row >= trained.task.decision_thresholds
                 is_chosen[list(subject.labels or ())] = True
                 chosen = ranking[is_chosen[ranking]] if is_chosen.any() else chosen
             for k in chosen.tolist():
@@ -359,7 +359,7 @@ def _figure(trained: TrainedModel, found: CamResult, layer: CamLayer) -> Figure:
     axes = figure.subplots(1, 1 + len(heats))
     names = [classes[k] for k in subject.labels or ([] if subject.label is None else [subject.label])]
     label = f"label{'s' if len(names) > 1 else ''}: {short(', '.join(names), 28)}\n" if names else ""
-    thresholds = trained.task.thresholds
+    thresholds = trained.task.decision_thresholds
     is_missed = thresholds is not None and found.probability < thresholds[found.prediction]
     prediction = f"{'not predicted' if is_missed else 'prediction'}: {short(classes[found.prediction], 28)}"
     prediction += f", {found.probability:.3f}"

@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class ExportFormat:
 
     write: Callable[[TrainedModel, Path], None]
     read: Callable[[Path], Compute]
+    """Returns a function whose logits include the division by the temperature of a calibrated model."""
     packages: tuple[str, ...] = ()
     """Import names of packages required in addition to the toolkit's own dependencies."""
 
@@ -95,6 +96,7 @@ def export(path: Path, name: str, folder: Path | None = None, epoch: str = "best
     trained = load_model(path)
     if epoch == "last":
         _load_last(path, trained)
+        trained = replace(trained, task=replace(trained.task, temperature=1.0))  # chosen for the best epoch
     inputs, images = images_to_compare(path, trained)
     target = folder or path / "export" / (name if epoch == "best" else f"{name}-{epoch}")
     with new_folder(target, replace=folder is None) as unfinished:
@@ -130,7 +132,7 @@ def write_checked(chosen: ExportFormat, trained: TrainedModel, folder: Path, inp
             f"{trained.table.name} as {name} computes different outputs: logits differ by up to {difference:.2e}, more "
             f"than {LIMIT:g}; nothing was written"
         )
-    write_json(folder / "preprocessing.json", preprocessing_card(trained))
+    write_json(folder / "preprocessing.json", preprocessing_card(trained, name))
     return difference
 
 
@@ -206,7 +208,8 @@ def _noise(trained: TrainedModel) -> Tensor:
 @torch.inference_mode()
 def _difference(trained: TrainedModel, compute: Compute, inputs: Tensor) -> float:
     """Return the largest absolute difference of a logit between two models, over batches of several sizes."""
-    found = [(trained.module(part) - compute(part)).abs().max() for part in inputs.split(list(BATCHES))]
+    expected = Calibrated(trained)
+    found = [(expected(part) - compute(part)).abs().max() for part in inputs.split(list(BATCHES))]
     return float(torch.stack(found).max())
 
 
@@ -232,9 +235,20 @@ PROBABILITIES = {
 """How logits become predictions, by kind of task."""
 
 
-def preprocessing_card(trained: TrainedModel) -> dict[str, Any]:
-    """Return the content of preprocessing.json: everything that another program needs besides the model file."""
-    wanted = trained.preprocessing
+def preprocessing_card(trained: TrainedModel, name: str) -> dict[str, Any]:
+    """Return the content of preprocessing.json: everything that another program needs besides the model file.
+
+    ``name``: the export format.
+    """
+    wanted, task = trained.preprocessing, trained.task.to_dict()
+    if trained.task.decision_thresholds is not None:
+        task["thresholds"] = trained.task.decision_thresholds.tolist()
+    temperature = task.pop("temperature", None)
+    where = (
+        "divide the logits of the weights by"
+        if name in ("safetensors", "lora")
+        else "the logits are already divided by"
+    )
     return {
         "input": {"name": "images", "type": "float32", "shape": ["batch", wanted.channels, *wanted.image_size]},
         "output": {"name": "logits", "type": "float32", "shape": ["batch", len(trained.classes)]},
@@ -242,8 +256,9 @@ def preprocessing_card(trained: TrainedModel) -> dict[str, Any]:
         "torchvision.transforms.v2": [repr(step) for step in trained.transform.steps],
         **wanted.to_dict(),
         "classes": trained.classes,
-        "task": trained.task.to_dict(),
+        "task": task,
         "probabilities": PROBABILITIES[trained.task.kind],
+        **({"calibration": f"{where} the temperature {temperature}"} if temperature is not None else {}),
     }
 
 
@@ -301,6 +316,23 @@ def portable(table: ModelConfig) -> ModelConfig:
 # -- formats ----------------------------------------------------------------------------------------------------------
 
 
+class Calibrated(nn.Module):
+    """A trained model whose logits are divided by its temperature."""
+
+    def __init__(self, trained: TrainedModel) -> None:
+        super().__init__()
+        self.model, self.temperature = trained.module, trained.task.temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [n, C, H, W] to logits [n, K]."""
+        logits: Tensor = self.model(images) / self.temperature
+        return logits
+
+
+def _to_export(trained: TrainedModel) -> nn.Module:
+    return trained.module if trained.task.temperature == 1 else Calibrated(trained).eval()
+
+
 def _sample(trained: TrainedModel) -> Tensor:
     """Return two inputs, since exporters treat a batch size of one as a constant."""
     return _noise(trained)[:2].clone()  # a view would be saved with its whole storage
@@ -308,7 +340,7 @@ def _sample(trained: TrainedModel) -> Tensor:
 
 def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
     """Write weights and model.json, which `toolkit predict` and `load_model` read."""
-    _write_weights(trained, folder)
+    _write_weights(trained.module.state_dict(), folder)
     write_json(folder / "model.json", _model_card(trained, portable(trained.table)))
 
 
@@ -341,13 +373,13 @@ def _write_lora(trained: TrainedModel, folder: Path) -> None:
     write_json(folder / "model.json", card | {"frozen_sha256": frozen_hash(base.module.state_dict(), update)})
 
 
-def _write_weights(trained: TrainedModel, folder: Path) -> None:
+def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
     # safetensors' save_file would create a file that only its owner can read.
-    (folder / WEIGHTS).write_bytes(pack_state(trained.module.state_dict()))
+    (folder / WEIGHTS).write_bytes(pack_state(state))
 
 
 def _read_safetensors(folder: Path) -> Compute:
-    return load_model(folder).module
+    return Calibrated(load_model(folder))
 
 
 def _batch() -> Any:
@@ -356,7 +388,7 @@ def _batch() -> Any:
 
 def _write_program(trained: TrainedModel, folder: Path) -> None:
     """Write a torch.export program (PT2 archive), which needs torch but not the model's code."""
-    program = torch.export.export(trained.module, (_sample(trained),), dynamic_shapes=({0: _batch()},))
+    program = torch.export.export(_to_export(trained), (_sample(trained),), dynamic_shapes=({0: _batch()},))
     torch.export.save(program, folder / PROGRAM)
 
 
@@ -369,7 +401,7 @@ def _write_onnx(trained: TrainedModel, folder: Path) -> None:
     """Write ONNX via torch.export; weights over 2 GB are stored in a separate file."""
     with _plain_attention(trained.module):
         program = torch.onnx.export(
-            trained.module,
+            _to_export(trained),
             (_sample(trained),),
             dynamo=True,
             dynamic_shapes=({0: _batch()},),
@@ -402,7 +434,10 @@ def _read_onnx(folder: Path) -> Compute:
 
 
 def _write_timm(trained: TrainedModel, folder: Path) -> None:
-    """Write config.json and weights for `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub."""
+    """Write config.json and weights for `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub.
+
+    timm's models cannot divide logits by a temperature, so that the weights of the last layer are divided.
+    """
     table = trained.table
     if not fits_timm(trained):
         raise UserError(
@@ -410,7 +445,11 @@ def _write_timm(trained: TrainedModel, folder: Path) -> None:
             f"{'' if table.source != 'timm' else ' with a head or stem of its own'} is not one: use safetensors, "
             "torch-export or onnx"
         )
-    _write_weights(trained, folder)
+    state = trained.module.state_dict()
+    if trained.task.temperature != 1:
+        last = [name for name in state if name.rpartition(".")[0] in trained.heads]
+        state |= {name: state[name] / trained.task.temperature for name in last}
+    _write_weights(state, folder)
     write_json(folder / "config.json", timm_config(trained))
 
 

@@ -15,10 +15,11 @@ class ModelWithFeatures:
     """
 
     def __init__(self, module: nn.Module, head: str) -> None:
-        """``head``: dotted name of the classifier; of a sequence of layers, the last one with parameters is used."""
+        """``head``: name of the classifier; of a sequence of layers, the last one that has parameters is used."""
         self.module = module
         parts = module.get_submodule(head).modules()
-        self.layer = [layer for layer in parts if next(layer.parameters(False), None) is not None][-1]
+        layers = [layer for layer in parts if next(layer.parameters(False), None) is not None]
+        self.layer = layers[-1] if layers else module.get_submodule(head)
         self.features: Tensor
         """Features of the last batch, [n, D]."""
 

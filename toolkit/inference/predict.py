@@ -232,7 +232,7 @@ def predict(
     if channels_last:
         module.to(memory_format=torch.channels_last)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    count, thresholds = len(images), trained.task.thresholds if top_k is None else None
+    count, thresholds = len(images), trained.task.decision_thresholds if top_k is None else None
     top_k = len(trained.classes) if thresholds is not None else min(top_k or 1, len(trained.classes))
     batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)][rank::world]
     if workers is None:
@@ -246,7 +246,7 @@ def predict(
         worker_init_fn=_leave_interrupts_to_parent if workers else None,
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    model = ModelWithFeatures(module, trained.head) if with_features else None
+    model = ModelWithFeatures(module, trained.heads[0]) if with_features else None
     width = model.width(trained.preprocessing.channels, trained.preprocessing.image_size) if model else 0
     found = torch.zeros(count, 2, top_k, dtype=torch.float64)  # probabilities and class indices
     features = torch.zeros(count, width)

@@ -215,6 +215,7 @@ def model_card(
         is_timm=fits_timm(trained),
         classes=trained.classes,
         is_multi_label=trained.task.kind == "multi_label",
+        temperature=trained.task.temperature,
         preprocessing=trained.preprocessing,
         weights=portable(model).weights,
         measures=_measures(trained),

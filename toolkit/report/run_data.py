@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from toolkit.calibration import TemperatureScaling, read_calibration
 from toolkit.data.preprocessing import Preprocessing
 from toolkit.errors import UserError
 from toolkit.evaluations import Evaluation, evaluation_names, read_evaluation
@@ -113,6 +114,8 @@ class RunData:
     """The misclassified test images with the highest probabilities, highest first."""
     samples: TrainingSamples | None = None
     effect: FilterEffect | None = None
+    scaling: TemperatureScaling | None = None
+    """Temperature scaling of the model; None if it is not calibrated."""
     evaluations: list[Evaluation] = field(default_factory=list)
     """Evaluations of the best model on other data sets."""
     missing: list[str] = field(default_factory=list)
@@ -248,6 +251,7 @@ def load_run_data(run: Run) -> RunData:
             data.label_predictions = data.try_load("predictions", lambda: read_label_predictions(run, data.classes))
         else:
             data.predictions = data.try_load("predictions", lambda: read_predictions(run, data.classes))
+    data.scaling = data.try_load("calibration", lambda: read_calibration(run))
     for name in evaluation_names(run):
         found = data.try_load(f"evaluation {name}", lambda name=name: read_evaluation(run, name))  # type: ignore[misc]
         data.evaluations += [] if found is None else [found]

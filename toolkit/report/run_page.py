@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from toolkit.calibration import TemperatureScaling
 from toolkit.evaluations import Evaluation
 from toolkit.expectations import check_expectations
 from toolkit.formatting import duration, plural
@@ -80,6 +81,7 @@ def write_run_page(path: Path, data: RunData, svg: Mapping[str, str], files: Seq
         by_value=tables_by_value(found or several),
         confusions=_confusions(found) if found else error_table(several) if several else None,
         calibration_text=_calibration_text(data.calibration) if data.calibration else "",
+        scaling=_scaling(data.scaling) if data.scaling else None,
         svg={name: Markup(text) for name, text in svg.items()},
         recipe=recipe_table(data.recipe, data.origins) if data.recipe else None,
         environment=environment_table([data.environment]),
@@ -312,6 +314,16 @@ def _confusions(found: RunPredictions) -> HtmlTable:
 def _cells(found: RunPredictions) -> dict[str, Any]:
     """Return the nonzero cells of the confusion matrix, for the page's script."""
     return {"names": found.classes, "support": support(found).tolist(), "cells": confusion_cells(found)}
+
+
+def _scaling(found: TemperatureScaling) -> HtmlTable:
+    """Return a table of NLL and expected calibration error before and after temperature scaling, by split."""
+    rows = [
+        HtmlRow([HtmlCell(split), HtmlCell(state), HtmlCell(f"{each.nll:.4f}"), share(each.ece)])
+        for split, measured in found.splits.items()
+        for state, each in (("before", measured.before), ("after", measured.after))
+    ]
+    return HtmlTable(["images", "temperature scaling", "NLL (nats)", "expected calibration error"], rows, (2, 3))
 
 
 def _calibration_text(found: Calibration) -> str:

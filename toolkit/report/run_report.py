@@ -37,12 +37,14 @@ from toolkit.report.test_plots import (
     confusion_figure,
     mistakes_figure,
     reliability_figure,
+    temperature_figure,
 )
 from toolkit.runs import Run
 
 ON_PAGE = {
     "precision-recall": "Precision and recall of each label",
     "reliability": "Reliability diagram",
+    "temperature": "Reliability diagrams before and after temperature scaling",
     "class-histogram": "Images per class",
     "filters": "Filters of the first layer before and after training",
     "filter-effect": "Responses of single filters to an image",
@@ -134,6 +136,8 @@ def _figures(data: RunData) -> dict[str, Callable[[], Figure]]:
             figures["confusion"] = lambda: confusion_figure(f"{name}: test images", found)
         figures["class-accuracy"] = lambda: class_accuracy_figure(f"{name}: test accuracy by class", found)
         figures["reliability"] = lambda: reliability_figure(name, measured)
+    if (scaling := data.scaling) is not None:
+        figures["temperature"] = lambda: temperature_figure(name, scaling, multi_label=data.is_multi_label)
     if (labels := data.label_predictions) is not None:
         figures["precision-recall"] = lambda: precision_recall_figure(f"{name}: test images", labels)
     if data.mistakes:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from toolkit.calibration import TemperatureScaling
 from toolkit.formatting import plural
 from toolkit.report.data_plots import paste
 from toolkit.report.html import percent
@@ -112,6 +113,37 @@ def reliability_figure(title: str, found: Calibration) -> Figure:
     """Plot accuracy against confidence per bin, and the number of images in each bin."""
     figure = Figure(figsize=(3.9, 4.8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    _plot_reliability(upper, lower, found)
+    upper.set_ylabel("accuracy")
+    upper.set_title(
+        f"{fitted(title, 3.4)}\nexpected calibration error {percent(found.expected_error)}", parse_math=False
+    )
+    lower.set_ylabel("images")
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def temperature_figure(title: str, scaling: TemperatureScaling, *, multi_label: bool) -> Figure:
+    """Plot the reliability diagrams before and after temperature scaling, of the test images if there are any."""
+    split = "test" if "test" in scaling.splits else "validation"
+    found = scaling.splits[split]
+    figure = Figure(figsize=(7.0, 4.8), layout="constrained")
+    upper, lower = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
+    states = {"before": found.before, f"with temperature {scaling.temperature:.3f}": found.after}
+    for column, (state, each) in enumerate(states.items()):
+        _plot_reliability(upper[column], lower[column], each.bins)
+        upper[column].set_title(f"{state}\nexpected calibration error {percent(each.ece)}", parse_math=False)
+    if multi_label:
+        lower[0].set_xlabel("probability of a label")
+        lower[1].set_xlabel("probability of a label")
+    upper[0].set_ylabel("labels present" if multi_label else "accuracy")
+    lower[0].set_ylabel("labels" if multi_label else "images")
+    figure.suptitle(fitted(f"{title}: {split} images", 6.5), parse_math=False)
+    figure.legend(*upper[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _plot_reliability(upper: Axes, lower: Axes, found: Calibration) -> None:
     left, width = found.edges[:-1], np.diff(found.edges)
     filled = found.counts > 0
     upper.bar(left[filled], found.accuracy[filled], width[filled], align="edge", color=BLUE, edgecolor="white",
@@ -120,19 +152,12 @@ def reliability_figure(title: str, found: Calibration) -> Figure:
     upper.bar(left[filled], gap, width[filled], bottom=found.accuracy[filled], align="edge", color=ORANGE,
               edgecolor="white", linewidth=0.5, alpha=0.75, label="gap to mean confidence")  # fmt: skip
     upper.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1.0, label="perfectly calibrated")
-    upper.set_ylabel("accuracy")
     upper.set_ylim(0, 1)
-    upper.set_title(
-        f"{fitted(title, 3.4)}\nexpected calibration error {percent(found.expected_error)}", parse_math=False
-    )
     lower.bar(left, found.counts, width, align="edge", color=SKY, edgecolor="white", linewidth=0.5)
-    lower.set_ylabel("images")
     lower.set_xlabel("probability of the predicted class")
     lower.set_xlim(0, 1)
     for axes in (upper, lower):
         grid(axes)
-    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
 
 
 def mistakes_figure(title: str, mistakes: Sequence[Mistake]) -> Figure:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit.cache.frozen_features import tail_of
+from toolkit.calibration import without_temperature
 from toolkit.data.datasets import Dataset
 from toolkit.data.splits import split_hash
 from toolkit.distributed.context import distributed_context
@@ -272,6 +273,7 @@ class SoupEvaluator:
         for name in COPIED:
             if (best.path / name).exists():
                 shutil.copyfile(best.path / name, run.path / name)
+        run.write_json("checkpoints/model.json", without_temperature(run.model_card))
         steps = {"grad_accum_steps": trainer.setup.accum_steps}
         run.write_json("environment.json", describe_environment(self.accelerator, trainer.recipe) | steps)
         self.display.set_log_file(run.log_file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,7 +11,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.training.task import EvalResult, Task
+from toolkit.training.task import EvalResult
+
+
+class Outcomes(Protocol):
+    """What to keep of each example: a task, or something else that is computed from logits and labels."""
+
+    @property
+    def width(self) -> int:
+        """Number of columns of :meth:`outcomes`."""
+        ...
+
+    def outcomes(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the rows of a batch, float32 [n, width]."""
+        ...
 
 
 @torch.inference_mode()
@@ -18,7 +32,7 @@ def evaluate(
     module: nn.Module,
     batches: Iterable[tuple[np.ndarray, Tensor, Tensor]],
     labels: np.ndarray,
-    task: Task,
+    task: Outcomes,
     device: torch.device,
     *,
     autocast_dtype: torch.dtype | None = None,

@@ -110,6 +110,10 @@ class SingleLabel:
     """Metrics that the saved weights must reproduce up to rounding."""
     keeps_scores: bool = False
     """Whether to compute the probabilities of all classes for :meth:`curves`."""
+    temperature: float = 1.0
+    """Divisor of the logits (temperature scaling; Guo et al. 2017, arXiv:1706.04599)."""
+    decision_thresholds: None = None
+    """Always None, as ``thresholds``."""
 
     @property
     def width(self) -> int:
@@ -145,13 +149,14 @@ class SingleLabel:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probability of each class, [n, K]."""
-        return logits.softmax(1)
+        return (logits / self.temperature).softmax(1)
 
     def outcomes(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return loss, prediction, its probability and whether the class is among the top 5: float32 [n, 4].
 
         With ``has_scores``, the probabilities of all classes follow: [n, 4 + K].
         """
+        logits = logits / self.temperature
         losses = F.cross_entropy(logits, labels, reduction="none")
         probabilities = logits.softmax(1)
         probability, prediction = probabilities.max(1)
@@ -197,7 +202,7 @@ class SingleLabel:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``task`` in model.json."""
-        return {"kind": self.kind}
+        return {"kind": self.kind, **_temperature_entry(self.temperature)}
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ class MultiLabel:
 
     classes: int
     thresholds: Floats = field(repr=False)
-    """Minimum probability for a label to be predicted, 0..1, [K]."""
+    """Minimum probability for a label to be predicted, 0..1, [K]; probabilities without temperature scaling."""
     is_tuned: bool = False
     """Whether the thresholds are chosen on the validation images."""
     extra: tuple[PluginMetric, ...] = ()
@@ -214,6 +219,18 @@ class MultiLabel:
     kind: Literal["multi_label"] = "multi_label"
     reproduced: tuple[str, ...] = ("loss",)
     """Without the accuracy, because rounding of a score may change a threshold and thereby many predictions."""
+    temperature: float = 1.0
+    """Divisor of the logits, as for :class:`SingleLabel`; one for all labels."""
+
+    @property
+    def decision_thresholds(self) -> Floats:
+        """Minimum of :meth:`probabilities` for a label to be predicted, [K]: the same decisions at any temperature."""
+        if self.temperature == 1:
+            return self.thresholds
+        with np.errstate(divide="ignore"):  # a threshold of 0 or 1
+            odds = np.log(self.thresholds) - np.log1p(-self.thresholds)
+        found: Floats = 1 / (1 + np.exp(-odds / self.temperature))
+        return found
 
     @property
     def width(self) -> int:
@@ -241,10 +258,11 @@ class MultiLabel:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probability of each label, [n, K]."""
-        return logits.sigmoid()
+        return (logits / self.temperature).sigmoid()
 
     def outcomes(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean binary cross-entropy of the labels, then their probabilities: float32 [n, 1 + K]."""
+        logits = logits / self.temperature
         losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(1)
         return torch.cat([losses[:, None], logits.sigmoid()], 1)
 
@@ -256,7 +274,7 @@ class MultiLabel:
 
     def predictions(self, result: EvalResult) -> npt.NDArray[np.bool_]:
         """Return the predicted labels, bool [N, K]."""
-        found: npt.NDArray[np.bool_] = result.outcomes[:, 1:] >= self.thresholds
+        found: npt.NDArray[np.bool_] = result.outcomes[:, 1:] >= self.decision_thresholds
         return found
 
     def metrics(self, result: EvalResult, prefix: str) -> dict[str, float]:
@@ -296,10 +314,16 @@ class MultiLabel:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``task`` in model.json."""
-        return {"kind": self.kind, "thresholds": self.thresholds.tolist()}
+        entry = {"kind": self.kind, "thresholds": self.thresholds.tolist()}
+        return entry | _temperature_entry(self.temperature)
 
 
 Task = SingleLabel | MultiLabel
+
+
+def _temperature_entry(temperature: float) -> dict[str, Any]:
+    """Return the entry of a temperature in model.json; none without temperature scaling."""
+    return {} if temperature == 1 else {"temperature": temperature}
 
 
 def build_task(table: TaskConfig, classes: int, metrics: Sequence[str] = ()) -> Task:
@@ -320,12 +344,13 @@ def task_from_dict(entry: dict[str, Any] | None, classes: int) -> Task:
 
     Raises ValueError if the entry is damaged.
     """
+    temperature = 1.0 if entry is None else entry.get("temperature", 1.0)
     if entry is None or entry["kind"] == "single_label":
-        return SingleLabel(classes)
+        return SingleLabel(classes, temperature=temperature)
     thresholds = np.array(entry["thresholds"], dtype=np.float64)
     if thresholds.shape != (classes,):
         raise ValueError(f"task.thresholds has {thresholds.size} values for {classes} classes")
-    return MultiLabel(classes, thresholds)
+    return MultiLabel(classes, thresholds, temperature=temperature)
 
 
 def check_labels(dataset: Dataset, kind: str) -> None:

@@ -63,6 +63,7 @@ class _TaskEntry(Shape):
 
     kind: Literal["single_label", "multi_label"]
     thresholds: list[Annotated[float, Field(ge=0, le=1)]] | None = None
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
 
 
 class _Card(Shape):
@@ -91,7 +92,7 @@ class TrainedModel:
     """The recipe's own transforms of test images, in addition to the preprocessing ([augment] test)."""
     classes: list[str]
     task: Task
-    """Kind of classification; for multi-label it includes the thresholds."""
+    """Kind of classification, with the temperature of the logits and, for multi-label, the thresholds."""
     table: ModelConfig
     recipe: str
     """Name of the recipe that the model was trained with."""
@@ -101,8 +102,8 @@ class TrainedModel:
     """Preprocessing of training images; None: the same as ``preprocessing``."""
     plugin_note: str | None = None
     """Note if the file of the model's plugin has changed since the model was trained."""
-    head: str = ""
-    """Dotted name of the last layer of ``module``."""
+    heads: tuple[str, ...] = ()
+    """Dotted names of the last layers of ``module``; more than one only for distilled transformers."""
 
     @property
     def train_size(self) -> Size:
@@ -211,7 +212,7 @@ def load_model(path: str | os.PathLike[str], *, model: Object | None = None) -> 
     _check_finished(folder, weights, classes)
     module = built.module.eval()
     return TrainedModel(
-        module, preprocessing, transforms, classes, task, table, recipe, weights, in_training, plugin_note, built.head
+        module, preprocessing, transforms, classes, task, table, recipe, weights, in_training, plugin_note, built.heads
     )
 
 
