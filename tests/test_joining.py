@@ -6,12 +6,16 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
-from distributed import free_port
+import torch
+from distributed import free_port, launch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from trainers import STATEFUL, Trainers, after_seconds, at_call, kill_self, only_run, write_recipe
 
 from toolkit.distributed import rendezvous
@@ -235,6 +239,45 @@ def test_a_stop_request_while_joining_ends_at_once(
     assert last.startswith(
         f"stopped by {name} while the processes were joining (rank 1 of 2 has not joined; joined: rank 0"
     )
+
+
+def test_processes_that_torchrun_starts_again_join_although_its_store_has_the_keys_of_earlier_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(rendezvous, "_stores", {})
+
+    def joined(order: list[int]) -> int:
+        info = read_process_info()
+        assert info is not None
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
+        time.sleep(0.3 * order.index(info.rank))
+        info = read_process_info()
+        assert info is not None
+        rendezvous.join(info, "gloo")
+        total = torch.ones(1)
+        torch.distributed.all_reduce(total)
+        return int(total)
+
+    for order in ([0, 1], [1, 0], [2, 1, 0], [1, 0]):  # the same number of processes, then more, then fewer
+        assert launch(len(order), joined, order) == [len(order)] * len(order)
+
+
+@pytest.mark.extended
+def test_torchrun_starts_all_processes_again_after_one_was_killed(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, STATEFUL)
+    command = ["torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=1"]
+    arguments = [*command, "-m", "toolkit.train", recipe, "--resume", "auto", "--set", "train.epochs=200"]
+    launcher = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("runs/small/*/checkpoints/0*.json")):
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.1)
+    psutil.Process(launcher.pid).children()[-1].kill()
+    text, _ = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, text
+    assert "resuming after epoch" in text
+    assert only_run(tmp_path).is_finished
 
 
 def test_a_process_that_starts_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

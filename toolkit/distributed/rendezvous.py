@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -160,12 +161,36 @@ class _Joining(threading.Thread):
     def _join(self) -> None:
         store, number = self._connect(), next(_joins)
         self.is_connected = True
-        self._register(PrefixStore(f"toolkit/join/{number}", store))
+        start = self._register_newest(store, number) if _has_agent_store() else self._register_once(store, number)
         store.set_timeout(STORE_TIMEOUT)
-        group_store = PrefixStore(f"toolkit/group/{number}", store)
+        group_store = PrefixStore(f"toolkit/group/{number}/{start}", store)
         info = self.info
         dist.init_process_group(self.backend, store=group_store, rank=info.rank, world_size=info.world)
         start_failure_detector(self.stop, {rank: str(member) for rank, member in self.members.items()})
+
+    def _register_once(self, store: Any, number: int) -> int:
+        self._register(PrefixStore(f"toolkit/join/{number}/0", store), lambda: False)
+        return 0
+
+    def _register_newest(self, store: Any, number: int) -> int:
+        """Register in the newest start of all processes, and return its number, from 1.
+
+        torchrun starts all processes again after a failure or a change of the nodes (--max-restarts, --nnodes MIN:MAX),
+        and the store of its agent still has the keys of earlier starts, so that each start needs keys of its own.
+        Rank 0 counts the starts. The others may read the previous count before it does; they find out and wait.
+        """
+        starts = PrefixStore(f"toolkit/starts/{number}", store)
+        start = starts.add("count", 1 if self.info.rank == 0 else 0)
+        while True:
+
+            def is_outdated(known: int = start) -> bool:
+                return bool(starts.add("count", 0) != known)
+
+            if start and self._register(PrefixStore(f"toolkit/join/{number}/{start}", store), is_outdated):
+                return int(start)
+            while not is_outdated():
+                time.sleep(POLL_S)
+            start = starts.add("count", 0)
 
     # -- the store ----------------------------------------------------------------------------------------------------
 
@@ -173,7 +198,7 @@ class _Joining(threading.Thread):
         info = self.info
         where = info.address, info.port
         if where not in _stores:
-            serves = info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+            serves = info.rank == 0 and not _has_agent_store()
             if not serves:
                 self._wait_for_server()
             try:
@@ -206,16 +231,23 @@ class _Joining(threading.Thread):
 
     # -- the ranks ----------------------------------------------------------------------------------------------------
 
-    def _register(self, registry: Any) -> None:
-        """Register this rank and wait for all others. If ranks disagree, the error is stored and all raise it."""
+    def _register(self, registry: Any, is_outdated: Callable[[], bool]) -> bool:
+        """Register this rank and wait for all others; return False if the registry is that of an earlier start.
+
+        If ranks disagree, the error is stored and all raise it.
+        """
         info = self.info
-        self.members[info.rank] = Peer(socket.gethostname(), os.getpid(), _namespace())
+        self.members = {info.rank: Peer(socket.gethostname(), os.getpid(), _namespace())}
         entry = json.dumps(vars(self.members[info.rank]))
         stated = f"{info.world} for rank {info.rank} on {socket.gethostname()}"
         first = registry.compare_set("world", "", stated).decode()
         if int(first.split()[0]) != info.world:
+            if _has_agent_store():
+                return False
             self._refuse(registry, f"WORLD_SIZE is {stated}, but {first}")
         if registry.add(f"entries/{info.rank}", 1) > 1:
+            if _has_agent_store():
+                return False
             other = Peer(**json.loads(registry.get(f"rank/{info.rank}")))
             self._refuse(registry, f"RANK={info.rank} was given to two processes: {other}; {self.members[info.rank]}")
         registry.set(f"rank/{info.rank}", entry)
@@ -226,11 +258,14 @@ class _Joining(threading.Thread):
                 if info.rank == 0:
                     time.sleep(1)  # rank 0 may serve the store: let the others read the error first
                 raise UserError(registry.get("fault").decode())
+            if is_outdated():
+                return False
             if time.monotonic() - read_at > read_every:  # not each time, because it takes one request per rank
                 self._read_members(registry)
                 read_at = time.monotonic()
             time.sleep(POLL_S if count else 2 * POLL_S)
         self._read_members(registry)
+        return True
 
     def _read_members(self, registry: Any) -> None:
         for rank in range(self.info.world):
@@ -269,6 +304,11 @@ class _Joining(threading.Thread):
     def prints_notice(self) -> bool:
         """Return whether this process prints the notice for all: the lowest rank that has joined does."""
         return self.info.rank == min(self.members, default=self.info.rank)
+
+
+def _has_agent_store() -> bool:
+    """Return whether the store is that of torchrun's agent, which keeps it when it starts the processes again."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
 def _ranks(ranks: list[int]) -> str:
