@@ -18,9 +18,10 @@ from toolkit.errors import UserError
 from toolkit.inference.export import export
 from toolkit.models.build import build_model
 from toolkit.models.lora import add_lora, base_name, is_lora, merge_lora
-from toolkit.models.transfer import apply_transfer
+from toolkit.models.transfer import apply_transfer, param_groups
 from toolkit.recipe import load_recipe
-from toolkit.recipe.schema import ModelConfig, TransferConfig
+from toolkit.recipe.schema import ModelConfig, OptimizerConfig, TransferConfig
+from toolkit.recipe.training_schema import ParameterGroup
 from toolkit.report.run_data import _read_filters
 from toolkit.runs import Run
 from toolkit.training.fit import fit
@@ -197,6 +198,18 @@ def test_patterns_choose_layers_but_never_the_head_or_a_depthwise_convolution() 
     for pattern in ("depthwise", "head", "Linear"):
         with pytest.raises(UserError, match=f"'{pattern}' matches no Linear layer .* names are like conv, linear"):
             with_lora(Small(), targets=["conv", pattern])
+
+
+def test_the_factors_can_have_different_learning_rates() -> None:
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354)."""
+    built, table = build_model(ARCHITECTURES["vit"][0], 5, 3, 32), TransferConfig(mode="lora")
+    apply_transfer(built, table)
+    optimizer = OptimizerConfig(lr=0.1, groups=[ParameterGroup(pattern="*.lora_B", lr_scale=16)])
+    found = {id(p): group["lr"] for group in param_groups(built, table, optimizer) for p in group["params"]}
+    for name, parameter in built.module.named_parameters():
+        if parameter.requires_grad:
+            assert found.pop(id(parameter)) == (1.6 if name.endswith("lora_B") else 0.1)
+    assert not found
 
 
 def test_a_weight_that_two_layers_share_is_left_alone() -> None:
