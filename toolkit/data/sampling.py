@@ -22,7 +22,6 @@ import numpy.typing as npt
 
 from toolkit.errors import UserError
 from toolkit.formatting import plural
-from toolkit.recipe.schema import TrainConfig
 
 if TYPE_CHECKING:
     from toolkit.recipe.schema import TrainConfig
