@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import torch
 from cli import toolkit
-from trainers import EMA, STATEFUL, Trainers, at_call, kill_self, only_run, outcome, uninterrupted, write_recipe
+from trainers import (
+    EMA,
+    PRETRAINED,
+    STATEFUL,
+    Trainers,
+    at_call,
+    kill_self,
+    only_run,
+    outcome,
+    uninterrupted,
+    write_recipe,
+)
 
 from toolkit.data.sampling import RunLength, SamplingPlan, run_length
 from toolkit.recipe import RecipeError, load_recipe, loads_recipe
@@ -142,6 +153,25 @@ def test_the_schedule_ends_with_the_last_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_a_warm_up_in_steps(tmp_path: Path) -> None:
+    schedule = '[scheduler]\nname = "linear"\nend_factor = 0.0\nwarmup_epochs = 1\nwarmup_start_factor = 0.0\n'
+    settings = ("train.steps=12", "train.log_every=1", "scheduler.warmup_steps=4")
+    run, _ = train(tmp_path, CONVNET + schedule, *settings)
+    rates = [record["lr"] for record in run.metric_records() if "train/step_loss" in record]
+    expected = [step / 4 for step in range(4)] + [1 - step / 8 for step in range(8)]
+    assert rates == pytest.approx([0.05 * factor for factor in expected])
+    assert "warmup_epochs = 0.0\nwarmup_steps = 4\n" in (run.path / "recipe.toml").read_text()
+
+
+@pytest.mark.long
+def test_the_schedule_of_lp_ft_covers_the_steps_after_the_probe(tmp_path: Path) -> None:
+    modes = '[transfer]\nmode = "lp_ft"\nprobe_epochs = 1\n[scheduler]\nname = "linear"\nend_factor = 0.0\n'
+    run, _ = train(tmp_path, PRETRAINED + modes, "train.steps=17")
+    rates = [record["lr"] for record in run.epoch_records()]
+    assert rates == pytest.approx([0.05, 0.05, 0.05 * 3 / 10])
+
+
+@pytest.mark.long
 def test_after_one_step_biases_with_a_rate_of_their_own_have_moved_so_many_times_as_far(tmp_path: Path) -> None:
     own = 'optimizer.groups=[{ pattern = "*.bias", lr_scale = 64.0 }]'
     settings = ("train.steps=1", "optimizer.momentum=0.0", 'train.best_metric="last"')
@@ -191,9 +221,13 @@ def test_a_length_that_the_trained_steps_do_not_allow_is_refused(tmp_path: Path)
 
 def test_a_warm_up_longer_than_a_run_by_steps_is_refused_before_training(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, CONVNET)
+    result = toolkit("train", str(recipe), "--set", "train.epochs=1", "--set", "scheduler.warmup_steps=7")
+    assert "scheduler.warmup_steps = 7 is not shorter than the run, which has 7 steps, 7 per epoch" in result.stderr
+    result = toolkit("train", str(recipe), "--set", "train.steps=7", "--set", "scheduler.warmup_steps=7")
+    assert "scheduler.warmup_steps: a warm-up of 7 steps is not shorter than the run of 7" in result.stderr
     result = toolkit("train", str(recipe), "--set", "train.steps=10", "--set", "scheduler.warmup_epochs=1.5")
     assert result.status == 2
-    assert "scheduler.warmup_epochs = 1.5 is not shorter than the run, 10 steps = 1.429 epochs" in result.stderr
+    assert "scheduler.warmup_epochs = 1.5 is not shorter than the run, which has 10 steps, 7 per epoch" in result.stderr
 
 
 # -- before training --------------------------------------------------------------------------------------------------

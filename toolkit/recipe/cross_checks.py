@@ -282,6 +282,9 @@ def scheduler(recipe: Recipe) -> Iterator[Issue]:
     if table.warmup_epochs >= epochs:
         text = f"a warm-up of {table.warmup_epochs:g} epochs is not shorter than the run of {epochs:g}"
         yield error("scheduler.warmup_epochs", text, "train.epochs")
+    if table.warmup_steps is not None and recipe.train.steps is not None and table.warmup_steps >= recipe.train.steps:
+        text = f"a warm-up of {table.warmup_steps:,} steps is not shorter than the run of {recipe.train.steps:,}"
+        yield error("scheduler.warmup_steps", text, "train.steps")
     if table.name == "step" and table.step_size is not None and table.step_size >= epochs:
         text = f"a period of {table.step_size} epochs has no effect in a run of {epochs:g}"
         yield warning("scheduler.step_size", text, "train.epochs", "scheduler.name")

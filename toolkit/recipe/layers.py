@@ -30,7 +30,12 @@ MAX_NESTING = 12
 """Maximum nesting of tables and lists; the recipe language itself needs 5."""
 
 SET = "--set"
-REPLACES: dict[KeyPath, str] = {("train", "epochs"): "steps", ("train", "steps"): "epochs"}
+REPLACES: dict[KeyPath, str] = {
+    ("train", "epochs"): "steps",
+    ("train", "steps"): "epochs",
+    ("scheduler", "warmup_epochs"): "warmup_steps",
+    ("scheduler", "warmup_steps"): "warmup_epochs",
+}
 """Keys that exclude another one of the same table: set by a later source, they remove it."""
 _BARE_WORD = re.compile(r"\s*(?P<word>(?:[^\W\d]|~?/|\.\.?/)[\w./:+~-]*)\s*(?:#.*)?\Z")
 _DOTTED_RUN = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")

@@ -181,6 +181,12 @@ class SchedulerConfig(ConfigModel):
         description="Length of the linear warm-up from warmup_start_factor x lr to lr.",
         json_schema_extra=EPOCHS,
     )
+    warmup_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Length of the warm-up in optimizer steps, in place of warmup_epochs.",
+        json_schema_extra=STEPS,
+    )
     warmup_start_factor: Fraction = Field(0.01, description="Initial warm-up learning rate, as a fraction of lr.")
     metric: EpochMetric = Field("val/loss", description="plateau: metric to monitor.")
     patience: int = Field(
@@ -203,13 +209,15 @@ class SchedulerConfig(ConfigModel):
     )
 
     @model_validator(mode="after")
-    def _needs_its_epochs(self) -> SchedulerConfig:
+    def _has_its_lengths(self) -> SchedulerConfig:
         if self.name == "step" and self.step_size is None:
             raise ValueError("name = 'step' needs step_size (epochs)")
         if self.name == "multi_step" and not self.milestones:
             raise ValueError("name = 'multi_step' needs milestones (epochs), for example milestones = [30, 60, 80]")
         if any(later <= earlier for earlier, later in pairwise(self.milestones)):
             raise ValueError("milestones must be increasing")
+        if self.warmup_steps is not None and self.warmup_epochs:
+            raise ValueError("warmup_steps and warmup_epochs exclude each other: set one of them")
         if self.name == "cosine_restarts" and self.T_0 is None:
             raise ValueError("name = 'cosine_restarts' needs T_0, the epochs of the first cycle")
         return self

@@ -31,6 +31,7 @@ from toolkit.data.preprocessing import (
     resolve_preprocessing,
     training_stages,
 )
+from toolkit.data.sampling import RunLength
 from toolkit.data.splits import split_dataset, split_hash
 from toolkit.errors import UserError
 from toolkit.models.build import ModelBundle, build_model, expected_input
@@ -46,8 +47,8 @@ from toolkit.training.whitening import whitens
 STEPS = 8
 """Number of optimizer steps to take."""
 
-ASSUMED_EPOCHS = 100
-"""Number of epochs over which the schedules of runs by steps are compared."""
+ASSUMED_EPOCHS, ASSUMED_STEPS = 100, 100
+"""Number of epochs of a run by steps, and of steps per epoch, with which schedules are compared."""
 
 ASSUMED_CLASSES = 10
 """Number of classes assumed if the data set is needed to count them and is not available."""
@@ -277,8 +278,8 @@ def _schedule(recipe: Recipe) -> Hashable:
     Runs by steps are compared over :data:`ASSUMED_EPOCHS`, because the number of images is not known.
     """
     table, epochs, stopping = recipe.scheduler, recipe.scheduled_epochs, recipe.early_stopping
-    length = recipe.train.epochs or ASSUMED_EPOCHS
-    curve = tuple(scheduled_rate(recipe, step / 4, length) for step in range(math.ceil(4 * length)))
+    length = RunLength(ASSUMED_STEPS, math.ceil(ASSUMED_STEPS * (recipe.train.epochs or ASSUMED_EPOCHS)))
+    curve = tuple(scheduled_rate(recipe, step / 4, length) for step in range(math.ceil(4 * length.exact_epochs)))
     plateau, end = None, None
     if table.name == "plateau" and gamma_of(table) < 1 and table.patience < epochs:
         plateau = table.metric, gamma_of(table), table.patience, table.threshold, table.threshold_mode, table.min_lr

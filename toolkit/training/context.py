@@ -37,7 +37,7 @@ from toolkit.models.transfer import Transfer, apply_transfer, describe_groups, l
 from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.training.console import Console, table
 from toolkit.training.ema import short_run_warning
-from toolkit.training.lr_schedule import check_schedule, scheduled_rate
+from toolkit.training.lr_schedule import check_schedule, in_epochs, scheduled_rate
 from toolkit.training.model_checks import batch_dependence, check_fit, check_gradients
 from toolkit.training.single_value_batches import check_single_value_batches
 from toolkit.training.task import Task, build_task, check_label_splits, check_labels
@@ -145,7 +145,7 @@ def build_context(
     check_steps(count, train)
     length = run_length(train, count)
     _check_length(recipe, length)
-    check_schedule(recipe.scheduler, length.exact_epochs - recipe.transfer.epochs_of_probe)
+    check_schedule(in_epochs(recipe.scheduler, length), length.exact_epochs - recipe.transfer.epochs_of_probe)
     weights = expected_input(recipe.model)
     preprocessing = resolve_preprocessing(
         data,
@@ -211,13 +211,16 @@ def build_context(
 
 
 def _check_length(recipe: Recipe, length: RunLength) -> None:
-    """Raise UserError if a run by steps is too short for its settings in epochs; of runs by epochs, validation does."""
-    run = f"the run, {recipe.train.length_text} = {length.exact_epochs:.4g} epochs"
+    """Raise UserError if a run is too short for its settings; validation knows this only if all are in epochs."""
+    run = f"the run, which has {plural(length.steps, 'step')}, {length.steps_per_epoch:,} per epoch"
     probe = recipe.transfer.epochs_of_probe
     if probe >= length.exact_epochs:
         raise UserError(f"transfer.probe_epochs = {probe} leaves no step for fine-tuning in {run}")
-    if recipe.scheduler.warmup_epochs >= length.exact_epochs - probe:
-        raise UserError(f"scheduler.warmup_epochs = {recipe.scheduler.warmup_epochs:g} is not shorter than {run}")
+    schedule = recipe.scheduler
+    if in_epochs(schedule, length).warmup_epochs >= length.exact_epochs - probe:
+        steps = schedule.warmup_steps
+        warmup = f"warmup_epochs = {schedule.warmup_epochs:g}" if steps is None else f"warmup_steps = {steps}"
+        raise UserError(f"scheduler.{warmup} is not shorter than {run}")
     if recipe.transfer.unfreeze_at and max(recipe.transfer.unfreeze_at) > length.epochs:
         raise UserError(f"transfer.unfreeze_at: epoch {max(recipe.transfer.unfreeze_at)} is beyond {run}")
     if len(recipe.data.progressive_sizes or ()) > length.epochs:
@@ -366,7 +369,7 @@ def describe(setup: TrainingContext, precision: str, *, whole: bool) -> str:
 
 def _describe_phases(setup: TrainingContext) -> str:
     length, probe = setup.length.exact_epochs, setup.recipe.transfer.epochs_of_probe
-    lr = scheduled_rate(setup.recipe, 0, length)
+    lr = scheduled_rate(setup.recipe, 0, setup.length)
     return (
         f"linear probe for {plural(probe, 'epoch')} with learning rate {lr:.3g}, then fine-tuning for "
         f"{length - probe:.4g} epoch{'' if length - probe == 1 else 's'}; the table above is of the probe"

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.data.sampling import RunLength
 from toolkit.errors import UserError, first_line
 from toolkit.metrics import higher_is_better
 from toolkit.plugins import PREFIX, Plugin, find
@@ -50,16 +51,25 @@ def learning_rate(
 
 
 def scheduled_rate(
-    recipe: Recipe, epoch: float, epochs: float, scale: float = 1.0, plateau_factor: float = 1.0
+    recipe: Recipe, epoch: float, length: RunLength, scale: float = 1.0, plateau_factor: float = 1.0
 ) -> float:
-    """Return the learning rate at an epoch of a run of ``epochs``, of a group whose peak is ``scale`` x optimizer.lr.
+    """Return the learning rate at an epoch of a run, of a parameter group whose peak is ``scale`` x optimizer.lr.
 
     With transfer.mode = "lp_ft", it is constant in the probe, after which the schedule begins.
     """
     table, peak, probe = recipe.transfer, recipe.optimizer.lr, recipe.transfer.epochs_of_probe
     if epoch < probe:
         return scale * (peak if table.probe_lr is None else table.probe_lr)
-    return learning_rate(recipe.scheduler, scale * peak, epoch - probe, epochs - probe, plateau_factor)
+    schedule, epochs = in_epochs(recipe.scheduler, length), length.exact_epochs - probe
+    return learning_rate(schedule, scale * peak, epoch - probe, epochs, plateau_factor)
+
+
+def in_epochs(table: SchedulerConfig, length: RunLength) -> SchedulerConfig:
+    """Return the schedule with ``warmup_epochs`` in place of ``warmup_steps``, if it has these."""
+    if table.warmup_steps is None:
+        return table
+    warmup = table.warmup_steps / length.steps_per_epoch
+    return table.model_copy(update={"warmup_epochs": warmup, "warmup_steps": None})
 
 
 def _warmup(table: SchedulerConfig, epoch: float) -> float:

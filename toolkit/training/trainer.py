@@ -317,7 +317,7 @@ class Trainer:
     # -- within an epoch ----------------------------------------------------------------------------------------------
 
     def _learning_rate(self, epoch: float, scale: float = 1.0) -> float:
-        return scheduled_rate(self.recipe, epoch, self.setup.length.exact_epochs, scale, self.plateau.factor)
+        return scheduled_rate(self.recipe, epoch, self.setup.length, scale, self.plateau.factor)
 
     def _set_lr(self, epoch: float) -> None:
         for group in self.train_step.optimizer.param_groups:
