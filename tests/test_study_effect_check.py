@@ -116,6 +116,7 @@ WITH_EFFECT = {
     "dropout": ("model.head.dropout = [0.1, 0.5]", ()),
     "batch": ("train.batch_size = [8, 16]", ()),
     "epochs": ("train.epochs = [2, 3]", ()),
+    "soft targets": ("distillation.temperature = [1.0, 4.0]", ('distillation={teacher="runs/teacher"}',)),
     "radius of SAM": ("optimizer.sam = [0.05, 0.1]", ()),
     "ASAM": ("optimizer.sam_adaptive = [false, true]", ("optimizer.sam=0.5",)),
     "Lookahead": ("optimizer.lookahead_alpha = [0.5, 0.8]", ("optimizer.lookahead=3",)),

@@ -32,6 +32,20 @@ def frozen_part(setup: TrainingContext, tail: str) -> dict[str, Any]:
         "weights": weights_hash(module, tail),
         **({"plugin": records(setup.recipe, ["model"])} if table.source == "plugin" else {}),
         "tail": tail,
+        **_computation(setup),
+    }
+
+
+def teacher_part(setup: TrainingContext, record: dict[str, Any]) -> dict[str, Any]:
+    """Return everything except the images that the outputs of the teacher with this ``record`` depend on."""
+    own = {key: value for key, value in record.items() if key not in ("teacher", "recipe")}
+    own |= {"student": [setup.preprocessing_of("train").mean, setup.preprocessing_of("train").std]}
+    return {"teacher": own, **_computation(setup)}
+
+
+def _computation(setup: TrainingContext) -> dict[str, Any]:
+    """Return the settings and versions that outputs of any model depend on."""
+    return {
         "numbers": _numbers(setup),
         "versions": [toolkit.__version__, timm.__version__, np.__version__, PIL.__version__,
                      torch.__version__, torchvision.__version__, resizing_kernel(), jpeg_decoder()],

@@ -8,6 +8,7 @@ The features are stored in the cache and shared by all runs with the same images
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -40,14 +41,25 @@ BLOCK_BYTES = 16 * 2**20
 
 def tail_of(recipe: Recipe, transfer: Transfer) -> str | None:
     """Return the name of the submodule after the frozen backbone; None if caching would change the experiment."""
-    augment = recipe.augment
-    if recipe.data.cache == "off" or recipe.transfer.mode == "gradual" or augment.mixup or augment.cutmix:
-        return None
-    if recipe.data.progressive_sizes:
-        return None
-    if not is_deterministic("train", augment) and recipe.data.fixed_views is None:
+    if recipe.data.cache == "off" or recipe.transfer.mode == "gradual" or not has_fixed_inputs(recipe):
         return None
     return find_frozen_backbone(transfer)
+
+
+def has_fixed_inputs(recipe: Recipe) -> bool:
+    """Return whether each training image gives the same inputs in every epoch, or one of data.fixed_views inputs."""
+    augment = recipe.augment
+    if augment.mixup or augment.cutmix or recipe.data.progressive_sizes:
+        return False
+    return is_deterministic("train", augment) or recipe.data.fixed_views is not None
+
+
+def input_views(setup: TrainingContext, split: str) -> list[int]:
+    """Return the augmented views of a split, if its inputs are fixed."""
+    recipe = setup.recipe
+    if split != "train" or is_deterministic("train", recipe.augment):
+        return [EVALUATION]
+    return list(range(min(recipe.data.fixed_views or 1, setup.length.epochs)))
 
 
 class Features:
@@ -92,10 +104,7 @@ class Features:
 
     def views(self, split: str) -> list[int]:
         """Return the augmented views of a split for which features are computed."""
-        recipe = self.setup.recipe
-        if split != "train" or is_deterministic("train", recipe.augment):
-            return [EVALUATION]
-        return list(range(min(recipe.data.fixed_views or 1, self.setup.length.epochs)))
+        return input_views(self.setup, split)
 
     def why_not_cached(self, sample: Tensor) -> str:
         """Return why features cannot be cached ("" if they can): not deterministic on ``sample``, or too large."""
@@ -125,45 +134,16 @@ class Features:
         return self.made[split]
 
     def _of_view(self, split: str, view: int) -> Tensor:
-        setup, name = self.setup, self._name(split, view)
         version = f", version {view + 1}" if view >= 0 else ""
-        with self.cache.claim(name) as entry:
-            if entry is not None:
-                setup.display.log(f"features of {split}{version} taken from the cache: inputs of {self.tail}")
-                return _mapped(entry)
-            features = self._compute(split, view)
-            facts = {
-                "kind": "features",
-                "data": setup.dataset.name,
-                "images": len(features),
-                "what": f"inputs of {self.tail} of {setup.recipe.model.name}, {split}{version}",
-                "shape": list(features.shape),
-            }
-            entry = self.cache.store(name, _written(features, facts), features.nbytes)
-        return features if entry is None else _mapped(entry)
+        found = f"features of {split}{version} taken from the cache: inputs of {self.tail}"
+        title = f"inputs of {self.tail} of {self.setup.recipe.model.name}, {split}{version}"
+        name = self._name(split, view)
+        return kept_in_cache(self.cache, name, title, lambda: self._compute(split, view), found=found)
 
     def _compute(self, split: str, view: int) -> Tensor:
-        """Compute the features of one view; they do not depend on the batch size or the number of processes.
-
-        Returns float32 [N, ...] on the CPU, on every process.
-        """
-        setup, accelerator = self.setup, self.setup.accelerator
-        count, world = len(setup.splits[split]), accelerator.num_processes
-        chunk = chunk_size(setup.preprocessing_of(split).image_size)
-        in_order, order = np.arange(count), setup.shard_order(split)
-        chunks = [(in_order if order is None else order)[start : start + chunk] for start in range(0, count, chunk)]
-        bounds = [len(chunks) * rank // world for rank in range(world + 1)]
-        mine = chunks[bounds[accelerator.process_index] : bounds[accelerator.process_index + 1]]
-        loader, features = self.loader(split, mine, view), None
-        module = setup.built.module.eval()
-        with contextlib.closing(loader), setup.display.bar(f"frozen features of {split}", count) as bar:
-            for positions, images, _ in self.guard(loader, max(np.diff(bounds).tolist())):
-                batch = self._forward(module, images)
-                if features is None:
-                    features = batch.new_zeros((count, *batch.shape[1:]))
-                features[torch.from_numpy(positions)] = batch
-                bar.advance(len(positions) * world)
-        return _join(features, count, accelerator.device)
+        module = self.setup.built.module.eval()
+        title, forward = f"frozen features of {split}", functools.partial(self._forward, module)
+        return compute_outputs(self.setup, self.guard, self.loader, split, view, title, forward)
 
     @torch.no_grad()
     def _forward(self, module: nn.Module, images: Tensor) -> Tensor:
@@ -201,6 +181,63 @@ class Features:
         device = self.setup.accelerator.device
         placed = features if device.type == "cpu" else copy_to_device(features, device, local_processes())
         return placed if isinstance(placed, Tensor) else features
+
+
+def kept_in_cache(
+    cache: DistributedCache, name: str, title: str, compute: Callable[[], Tensor], *, found: str
+) -> Tensor:
+    """Return the rows stored in the cache under ``name``, float32 [N, ...]; if missing, compute and store them.
+
+    ``title``: what they are, for the list of the cache's entries. ``found``: logged if they are in the cache.
+    A collective.
+    """
+    setup = cache.setup
+    with cache.claim(name) as entry:
+        if entry is not None:
+            setup.display.log(found)
+            return _mapped(entry)
+        rows = compute()
+        facts = {
+            "kind": "features",
+            "data": setup.dataset.name,
+            "images": len(rows),
+            "what": title,
+            "shape": list(rows.shape),
+        }
+        entry = cache.store(name, _written(rows, facts), rows.nbytes)
+    return rows if entry is None else _mapped(entry)
+
+
+def compute_outputs(
+    setup: TrainingContext,
+    guard: Guard,
+    loader_of: Callable[[str, list[IntArray], int], EvaluationLoader],
+    split: str,
+    view: int,
+    title: str,
+    forward: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return ``forward(images)`` of all images of a split in one view, float32 [N, ...] on the CPU, on every process.
+
+    ``forward`` returns float32 [m, ...] on the CPU. The result does not depend on the batch size or the number of
+    processes. ``title`` is shown on the progress bar. A collective.
+    """
+    accelerator = setup.accelerator
+    count, world = len(setup.splits[split]), accelerator.num_processes
+    chunk = chunk_size(setup.preprocessing_of(split).image_size)
+    in_order, order = np.arange(count), setup.shard_order(split)
+    chunks = [(in_order if order is None else order)[start : start + chunk] for start in range(0, count, chunk)]
+    bounds = [len(chunks) * rank // world for rank in range(world + 1)]
+    mine = chunks[bounds[accelerator.process_index] : bounds[accelerator.process_index + 1]]
+    loader, rows = loader_of(split, mine, view), None
+    with contextlib.closing(loader), setup.display.bar(title, count) as bar:
+        for positions, images, _ in guard(loader, max(np.diff(bounds).tolist())):
+            batch = forward(images)
+            if rows is None:
+                rows = batch.new_zeros((count, *batch.shape[1:]))
+            rows[torch.from_numpy(positions)] = batch
+            bar.advance(len(positions) * world)
+    return _join(rows, count, accelerator.device)
 
 
 def chunk_size(image_size: Size) -> int:

@@ -151,6 +151,8 @@ def plan(recipe: Recipe, processes: int = 1, classes: int | None = None) -> Reso
         shown = ", ".join(map(size_text, others))
         notes.append(f"memory and FLOPs are for {size_text(preprocessing.image_size)}; also used: {shown}")
     notes += _transfer_notes(recipe, transfer)
+    if recipe.distillation is not None:
+        notes.append("the memory and forward passes of the teacher of [distillation] are not included")
     parameters = list(built.module.parameters())
     return ResourceEstimate(
         recipe=recipe,

@@ -121,6 +121,8 @@ def shareable(recipe: Recipe) -> Recipe:
         is_list_of_names = key == "class_names" and isinstance(value, list)
         if value is not None and not is_list_of_names:
             content[table][key] = _without_folders(value)
+    if content.get("distillation"):
+        content["distillation"] = _without_folders(content["distillation"])
     return Recipe.model_validate(content)
 
 

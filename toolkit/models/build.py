@@ -64,6 +64,8 @@ class ModelBundle:
     """Dotted name of the first convolution if it is randomly initialized although the rest is pretrained."""
     unkeyed: tuple[str, ...] = ()
     """Operations outside dropout layers that draw random numbers in training. They cannot be keyed by example."""
+    has_new_head: bool = False
+    """Whether the last layer is randomly initialized although the rest is pretrained."""
 
     @property
     def not_exact(self) -> list[str]:
@@ -148,6 +150,7 @@ class _Builder:
             [*loaded.notes, *self._randomness_note(found.random)],
             STEM if STEM in loaded.new else None,
             found.random,
+            any(head in loaded.new for head in self.heads),
         )
 
     def _shrink_stem(self) -> None:

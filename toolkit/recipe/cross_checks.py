@@ -385,6 +385,26 @@ def train(recipe: Recipe) -> Iterator[Issue]:
         yield warning("train.class_weights", text, "train.sampling")
 
 
+def distillation(recipe: Recipe) -> Iterator[Issue]:
+    """Check that the loss has the form of [distillation] and that the teacher gets the images it was trained for."""
+    if recipe.distillation is None:
+        return
+    loss, mode, teacher = recipe.train.loss, recipe.transfer.mode, recipe.distillation.teacher
+    if not isinstance(teacher, str) and teacher.weights == "none":
+        yield error("distillation.teacher.weights", '"none" is not a trained teacher', hint='for example "DEFAULT"')
+    unfit = {
+        "task.kind": (recipe.task.kind != "single_label", "the soft targets are a distribution over classes"),
+        "transfer.mode": (recipe.transfer.is_fitted, f'"{mode}" uses the labels alone'),
+        "data.progressive_sizes": (bool(recipe.data.progressive_sizes), "the teacher gets images of one size"),
+    }
+    for key, (is_unfit, reason) in unfit.items():
+        if is_unfit:
+            yield error(key, f"cannot be combined with [distillation]: {reason}", "distillation.teacher")
+    if not unfit["task.kind"][0] and loss != "cross_entropy" and not loss.startswith(PREFIX):
+        text = f"{toml_value(loss)} cannot be combined with [distillation], whose soft targets are for a softmax"
+        yield error("train.loss", text, "distillation.teacher", hint='set train.loss = "cross_entropy"')
+
+
 def labels(recipe: Recipe) -> Iterator[Issue]:
     """Check that labels and paths have no line breaks or control characters, and that labels fit W&B's limits."""
     tracking = recipe.tracking
@@ -434,6 +454,7 @@ RULES = (
     disabled_splits,
     augment_checks.augment,
     train,
+    distillation,
     data,
     labels,
 )

@@ -38,6 +38,7 @@ from toolkit.recipe.data_schema import (
     SplitConfig,
     TransformConfig,
 )
+from toolkit.recipe.distillation_schema import DistillationConfig
 from toolkit.recipe.model_schema import ConvBlock, ConvNetConfig, HeadConfig, ModelConfig, TransferConfig
 from toolkit.recipe.study_schema import StudyConfig
 from toolkit.recipe.training_schema import (
@@ -54,6 +55,7 @@ __all__ = [
     "ConvBlock",
     "ConvNetConfig",
     "DataConfig",
+    "DistillationConfig",
     "EarlyStoppingConfig",
     "Expectation",
     "ExperimentConfig",
@@ -269,6 +271,7 @@ class Recipe(ConfigModel):
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig = SchedulerConfig()
     train: TrainConfig
+    distillation: DistillationConfig | None = Field(None, description="Soft targets of a teacher.")
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -298,7 +298,7 @@ def _loop_values(recipe: Recipe) -> Any:
     reading = recipe.data.model_dump(include=NOT_BUILT - {"download"})
     if recipe.train.loss.startswith(PREFIX):
         loss = recipe.train.loss_args.given
-    return [recipe.recipe.seed, recipe.task, train, loss, recipe.augment.run_on, reading]
+    return [recipe.recipe.seed, recipe.task, train, loss, recipe.augment.run_on, reading, recipe.distillation]
 
 
 PARTS = {

@@ -69,7 +69,17 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
         world, rank = accelerator.num_processes, accelerator.process_index
         virtual = VirtualProcesses(network, recipe.train.virtual_processes, world, rank)
     wrapped = accelerator.prepare_model(network, evaluation_mode=virtual is not None)  # without a DDP wrapper
-    return TrainStep(accelerator, network, wrapped, optimizer, setup.stochastic, average, settings, virtual=virtual)
+    return TrainStep(
+        accelerator,
+        network,
+        wrapped,
+        optimizer,
+        setup.stochastic,
+        average,
+        settings,
+        virtual=virtual,
+        teacher=setup.teacher,
+    )
 
 
 def _weight_average(recipe: Recipe, network: nn.Module) -> WeightAverage | None:

@@ -36,6 +36,7 @@ from toolkit.models.neighbors import with_neighbors
 from toolkit.models.transfer import Transfer, apply_transfer, describe_groups, layer_group_table
 from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.training.console import Console, table
+from toolkit.training.distillation import Teacher, build_teacher
 from toolkit.training.ema import short_run_warning
 from toolkit.training.lr_schedule import check_schedule, in_epochs, scheduled_rate
 from toolkit.training.model_checks import batch_dependence, check_fit, check_gradients
@@ -73,6 +74,8 @@ class TrainingContext:
     """Hash of the splits that the recipe defines; ``splits`` may differ in a resumed run whose data have changed."""
     accum_steps: int = 1
     """train.grad_accum_steps; if this is "auto", the number that was found (1 before)."""
+    teacher: Teacher | None = None
+    """The teacher of [distillation]."""
 
     def preprocessing_of(self, split: str) -> Preprocessing:
         """Return the preprocessing of a split; for "train", that of the last stage."""
@@ -197,6 +200,7 @@ def build_context(
         [*built.not_exact, *faults],
         drawn,
         train.min_accum_steps,
+        build_teacher(recipe, accelerator, dataset.classes, preprocessing),
     )
     scheduled = length.steps - recipe.transfer.epochs_of_probe * length.steps_per_epoch
     if warning := short_run_warning(train, scheduled):

@@ -215,6 +215,7 @@ def _summary(training: Trainer, models: _FinalModels) -> dict[str, Any]:
         **({} if progress.chosen_C is None else {"C": progress.chosen_C}),
         **({} if progress.chosen_k is None else {"k": progress.chosen_k}),
         **({} if models.wise is None else {"wise": models.wise}),
+        **({} if setup.teacher is None else {"teacher": setup.teacher.record}),
         "train_loss": progress.last["train/loss"] if progress.last else None,
         "train_accuracy": progress.last["train/accuracy"] if progress.last else None,
         "epochs_run": progress.epoch,

@@ -112,6 +112,8 @@ def fit(
         setup = build_context(
             recipe, accelerator, display, load_weights=resumption is None, choose_splits=choose_splits
         )
+        if resumption is not None:
+            resumption.compare_teacher(None if setup.teacher is None else setup.teacher.record)
         if run is None:
             run = _new_run(recipe, accelerator, origins, written_recipe)
             stack.enter_context(_locked(run, accelerator, display))

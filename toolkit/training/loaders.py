@@ -13,6 +13,7 @@ from toolkit.augment.transforms import UInt8Transform, try_transform
 from toolkit.cache.distributed import DistributedCache, Guard
 from toolkit.cache.frozen_features import Features, tail_of
 from toolkit.cache.image_cache import SplitImages, split_of
+from toolkit.cache.teacher_outputs import compute_teacher_outputs, why_not_computed_once
 from toolkit.data.dataloader import (
     EVALUATION,
     BatchSource,
@@ -29,8 +30,10 @@ from toolkit.data.sampling import IntArray, SamplingPlan, balanced_weights, plan
 from toolkit.data.splits import SPLITS
 from toolkit.data.tensor_loader import TensorBatches
 from toolkit.distributed.process import local_processes
+from toolkit.errors import UserError
 from toolkit.recipe.image_size import size_text
 from toolkit.training.context import TrainingContext
+from toolkit.training.distillation import Teacher
 
 EVALUATION_ROWS, EVALUATION_BYTES = 4096, 64 * 2**20
 """Upper limits of a process's evaluation batch of features, in rows and in bytes; the smaller one applies."""
@@ -177,6 +180,8 @@ def build_loaders(setup: TrainingContext, guard: Guard, cache_policy: CachePolic
     cache = DistributedCache(setup, guard) if is_cached else None
     source = ImageLoaders(setup, plans, SplitImages(setup, plans))
     features = _features(setup, source, cache, guard) if cache_policy == "all" else None
+    if setup.teacher is not None:
+        _compute_teacher(setup, setup.teacher, source, cache if cache_policy == "all" else None, guard, features)
     passes = setup.length.epochs // len(setup.stages) if features is None else features.passes_needed()
     if cache is not None:
         source.cached.cache(cache, passes)
@@ -211,6 +216,28 @@ def _features(
         setup.display.log(f"frozen features are not cached: {reason}")
         return None
     return features
+
+
+def _compute_teacher(
+    setup: TrainingContext,
+    teacher: Teacher,
+    images: ImageLoaders,
+    cache: DistributedCache | None,
+    guard: Guard,
+    features: Features | None,
+) -> None:
+    """Compute the teacher's outputs for all epochs if they cannot change, else log why not (a collective)."""
+    teacher.computed = None  # mode "lp_ft" builds loaders for each phase
+    reason = "caching is off" if cache is None else why_not_computed_once(setup)
+    if cache is not None and not reason:
+        plan = images.plans["train"]
+        batched = plan.batched is not None and not plan.is_exact
+        teacher.computed = compute_teacher_outputs(setup, teacher, cache, guard, images.evaluation, batched=batched)
+        setup.display.log("cached: outputs of the teacher for all training images, which are the same in every epoch")
+        return
+    setup.display.log(f"the teacher's outputs are computed for each batch: {reason}")
+    if features is not None:  # the student's inputs are features, from which the teacher cannot compute anything
+        raise UserError(f'the outputs of the teacher cannot be kept: {reason}; set data.cache = "off"')
 
 
 def _plan(setup: TrainingContext) -> SamplingPlan:

@@ -103,6 +103,20 @@ class Resumption:
         self.display.log(listed)
         return True
 
+    def compare_teacher(self, now: dict[str, Any] | None) -> None:
+        """Raise UserError if the teacher of [distillation] has other weights than before, unless changes are allowed.
+
+        ``now``: :attr:`toolkit.training.distillation.Teacher.record`, without which there is no teacher.
+        """
+        before = self.checkpoint.get("teacher")
+        if now is None or before is None or all(before[key] == now[key] for key in now if key != "teacher"):
+            return
+        changed = f"the teacher {now['teacher']} has changed since the checkpoint of {self.run.path} was written"
+        if not self.allow_changes:
+            raise UserError(f"{changed}. Restore the teacher, or add --allow-changes, or start a new run")
+        self.recipe_changed = True
+        self.display.log(changed)
+
     def _compare_metrics(self) -> None:
         path, length = self.run.metrics_file, self.checkpoint["position"]["metrics_bytes"]
         found = read_bytes(path)[:length] if path.exists() else b""

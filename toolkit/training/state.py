@@ -72,6 +72,7 @@ def checkpoint_content(trainer: Trainer, processes: list[dict[str, Any]]) -> dic
         "recipe_hash": recipe_hash(recipe),
         "recipe": stored_recipe(recipe),
         "plugins": records(recipe),
+        "teacher": None if trainer.setup.teacher is None else trainer.setup.teacher.record,
         "batches": trainer.setup.batches_key,
         "drawn": trainer.setup.drawn,
         "classes": list(trainer.setup.dataset.classes),

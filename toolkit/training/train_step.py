@@ -25,6 +25,7 @@ from toolkit.distributed.virtual_processes import VirtualProcesses
 from toolkit.errors import RunFailed, first_line
 from toolkit.models.keyed_dropout import DropoutKeys, example_keys
 from toolkit.recipe.schema import AugmentConfig
+from toolkit.training.distillation import Teacher
 from toolkit.training.ema import WeightAverage
 from toolkit.training.evaluation import to_device
 from toolkit.training.l2_sp import L2SP
@@ -202,6 +203,7 @@ class TrainStep:
     """The virtual processes of train.virtual_processes."""
     finite: NonFiniteDetector = field(default_factory=NonFiniteDetector)
     l2_sp: L2SP | None = None
+    teacher: Teacher | None = None
 
     def train_epoch(
         self, loader: Any, epoch: int, first_step: int, sums: RunningMetrics, hooks: TrainCallbacks
@@ -274,6 +276,9 @@ class TrainStep:
         with contextlib.nullcontext() if micro.is_last else accelerator.no_sync(self.wrapped):
             logits = self.wrapped(inputs[: micro.own])
             losses = settings.loss(logits, targets)
+            if self.teacher is not None:
+                soft_targets = self.teacher.targets(inputs[: micro.own], batch.positions[: micro.own], epoch)
+                losses = self.teacher.distilled(losses, logits, soft_targets)
             if weights is not None:
                 losses = losses * weights[: micro.own]
             # DDP averages gradients over processes; scaling by their number gives the sum.
