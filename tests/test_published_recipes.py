@@ -15,7 +15,7 @@ from toolkit.recipe import load
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = sorted(path.name for path in (ROOT / "recipes" / "published").glob("*.toml"))
-IN_DEFAULT_LANE = {"kuangliu_cifar10.toml"}
+IN_DEFAULT_LANE = {"airbench94_cifar10.toml", "kuangliu_cifar10.toml"}
 
 
 @pytest.fixture(scope="module")
