@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_lp_ft import LP_FT
 from trainers import (
     EMA,
     FROZEN,
@@ -160,6 +161,7 @@ def test_a_run_killed_ten_times_gives_the_same_bytes(tmp_path: Path, world: int)
         pytest.param(FROZEN, id="frozen features"),
         pytest.param(GRADUAL, marks=pytest.mark.extended, id="gradual"),
         pytest.param(LORA, marks=pytest.mark.extended, id="lora"),
+        pytest.param(LP_FT, marks=pytest.mark.extended, id="lp_ft with l2_sp and wise"),
     ],
 )
 def test_killed_runs_with_other_transfer_modes_give_the_same_bytes(tmp_path: Path, text: str) -> None:

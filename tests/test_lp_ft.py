@@ -6,18 +6,22 @@ import functools
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from trainers import PRETRAINED, Trainers, only_run, outcome, write_recipe
 
-from toolkit.errors import UserError
+from toolkit.distributed.process import StopTraining
+from toolkit.errors import Interrupted, UserError
 from toolkit.lr_finder import find_lr
 from toolkit.recipe import Recipe, load_recipe
 from toolkit.recipe.schema import AugmentConfig, TransformConfig
 from toolkit.runs import Run
+from toolkit.training import trainer
 from toolkit.training.checkpoint import checkpoint_step
 from toolkit.training.fit import dry_run, fit
+from toolkit.training.loaders import DataLoaders, build_loaders
 from toolkit.training.lp_ft import without_randomness
 from toolkit.training.trained_model import load_model
 
@@ -124,6 +128,25 @@ def test_a_run_killed_in_either_phase_or_at_its_end_gives_the_same_bytes(plain: 
         run = killed_at(plain, position, plain.path.with_name("-".join(map(str, position))))
         assert outcome(fit(plain.recipe, resume=run.path, quiet=True)) == outcome(plain), position
         assert f"resuming after epoch {position[0]}, step {position[1]}" in run.log_file.read_text()
+
+
+def test_a_stop_while_the_images_of_fine_tuning_are_cached_loses_nothing(
+    tmp_path: Path, plain: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, calls = lp_ft(tmp_path, *KEPT), []
+
+    def stopped_in_the_second_phase(*arguments: Any) -> DataLoaders:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise StopTraining
+        return build_loaders(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "build_loaders", stopped_in_the_second_phase)
+        with pytest.raises(Interrupted, match="after a checkpoint was written; resume with"):
+            fit(recipe, quiet=True)
+    run = fit(recipe, resume="auto", quiet=True)
+    assert {**outcome(run), "summary": None} == {**outcome(plain), "summary": None}
 
 
 def test_two_processes_take_the_same_steps(tmp_path: Path, plain: Run) -> None:
