@@ -22,6 +22,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 ELSEWHERE = {
     r"toolkit new .*": "test_new_recipe.py::test_",
+    r"toolkit probe .*": "test_probe.py::test_the_command_writes_a_table_a_page_and_a_recipe",
     r"toolkit train (digits_png|caltech101)\.toml": "test_new_recipe.py::test_",
     r"toolkit plugins( \[PATTERN\])?|toolkit models --plugins": (
         "test_plugin_commands.py::test_plugins_are_listed_with_their_arguments"

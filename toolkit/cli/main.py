@@ -22,6 +22,7 @@ from toolkit.cli.inference import evaluate, explain, predict
 from toolkit.cli.list_names import datasets, models, optimizers, plugins, transforms
 from toolkit.cli.new import new
 from toolkit.cli.options import AsJson, RunPath
+from toolkit.cli.probe import probe
 from toolkit.cli.ready_recipes import recipes
 from toolkit.cli.recipe import diff, schema, show, validate
 from toolkit.cli.report import report
@@ -49,8 +50,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 COMMANDS = (
-    new, train, recipes, validate, show, diff, schema, plan, data, pack, models, transforms, optimizers, datasets,
-    plugins, doctor, bench, find_lr, cache, submit, status, logs, cancel, study, sweep, soup, table, report,
+    new, probe, train, recipes, validate, show, diff, schema, plan, data, pack, models, transforms, optimizers,
+    datasets, plugins, doctor, bench, find_lr, cache, submit, status, logs, cancel, study, sweep, soup, table, report,
     evaluate, predict, embed, explain, calibrate, export, publish, sync,
 )  # fmt: skip
 for function in COMMANDS:

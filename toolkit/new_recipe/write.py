@@ -10,7 +10,7 @@ from typing import Any
 from toolkit.data.splits import SPLITS
 from toolkit.errors import UserError
 from toolkit.formatting import batch_split, plural
-from toolkit.new_recipe.data_rules import SPLIT
+from toolkit.new_recipe.data_rules import CHANNELS, INPUT, SPLIT
 from toolkit.new_recipe.facts import DataFacts, look
 from toolkit.new_recipe.machine import Machine, this_machine
 from toolkit.new_recipe.rules import choose, first
@@ -94,6 +94,23 @@ def new_recipe(
     if machine.gpus and recipe.transfer.mode != "linear_probe":
         choices.append(gpu_memory(recipe, machine, count))
     return NewRecipe(facts.source.name, text(), choices, facts, count)
+
+
+def data_choices(argument: str, given: Mapping[str, Any], log: Callable[[str], None]) -> tuple[str, list[Choice], bool]:
+    """Return a name for data, the choices for [data] that suit any pretrained backbone, and whether it is multi-label.
+
+    Arguments and errors as for :func:`new_recipe`.
+    """
+    facts = look(find_source(argument, given))
+    log(f"{argument}: {_seen(facts)}")
+    situation = Situation(facts, Machine(1), "accuracy", 1, facts.images)
+    split, _ = _split(situation)
+    choices = [split, *_unreadable(facts)]
+    for topic, rules in (("channels", CHANNELS), ("input", INPUT)):
+        rule = first(rules, situation)
+        keys = {key: value for key, value in rule.sets(situation).items() if key != "data.image_size"}
+        choices += [Choice(topic, keys, rule.why(situation), rule.source)] if keys else []
+    return facts.source.name, [*_data(facts), *_not_given(choices, given)], facts.is_multi_label
 
 
 def _seen(facts: DataFacts) -> str:
