@@ -267,6 +267,9 @@ def test_commands_after_training_use_the_merged_weights(run: Run) -> None:
     result = export(run.path, "safetensors")
     assert load_model(result.folder).module.state_dict().keys() == merged.keys()
     assert toolkit("export", str(run.path), "--format", "safetensors", "--epoch", "last").status == 0
+    table = run.recipe.model.model_copy(update={"weights": f"file:{run.best_weights}"})
+    another = build_model(table, 10, 3, 8).module.state_dict()
+    assert all(torch.equal(another[name], value) for name, value in merged.items())
 
 
 def test_the_update_can_be_stored_without_the_pretrained_weights(run: Run, tmp_path: Path) -> None:
