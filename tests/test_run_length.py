@@ -209,6 +209,19 @@ def test_a_run_killed_in_its_last_partial_epoch_gives_the_same_bytes(tmp_path: P
 
 
 @pytest.mark.long
+def test_the_number_of_epochs_of_a_run_by_steps_is_known_after_its_first_epoch(tmp_path: Path) -> None:
+    run, _ = train(tmp_path, CONVNET, "train.steps=10")
+    lines = run.metrics_file.read_text()
+    assert "2/2" in toolkit("status", str(run.path)).stdout
+    run.metrics_file.write_text("")
+    assert run.planned_epochs() is None
+    assert "0/?" in toolkit("status", str(run.path)).stdout
+    (first,) = (line for line in lines.splitlines() if '"train/loss"' in line and '"epoch": 1,' in line)
+    run.metrics_file.write_text(first + "\n")
+    assert "1/2" in toolkit("status", str(run.path)).stdout
+
+
+@pytest.mark.long
 def test_a_length_that_the_trained_steps_do_not_allow_is_refused(tmp_path: Path) -> None:
     run, _ = train(tmp_path, CONVNET, "train.steps=10")
     (run.path / "summary.json").unlink()

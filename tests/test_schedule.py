@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import timm.scheduler
 import torch
@@ -96,6 +97,14 @@ def test_schedules_equal_timms_within_epochs_too(table: dict, make) -> None:
     for step in range(48):
         (expected,) = scheduler._get_lr(step / 4)
         assert learning_rate(SchedulerConfig(**table), PEAK, step / 4, 12) == pytest.approx(expected, rel=1e-9)
+
+
+def test_warm_up_and_linear_decay_make_the_triangle_of_airbench() -> None:
+    """airbench94: from 0.2 of the peak to the peak in 23 % of 9.9 epochs, then to 0.07 of it."""
+    table = SchedulerConfig(name="linear", end_factor=0.07, warmup_epochs=0.23 * 9.9, warmup_start_factor=0.2)
+    for epoch in np.linspace(0, 9.9, 100):
+        expected = PEAK * np.interp(epoch, [0, 0.23 * 9.9, 9.9], [0.2, 1, 0.07])
+        assert learning_rate(table, PEAK, epoch, 9.9) == pytest.approx(expected)
 
 
 def test_milestones_may_lie_within_epochs() -> None:
