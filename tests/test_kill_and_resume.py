@@ -171,6 +171,14 @@ def test_killed_runs_with_other_transfer_modes_give_the_same_bytes(tmp_path: Pat
     assert survive(tmp_path / "killed", 1, text, 5, 8, 5, *ema) == plain
 
 
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.extended)])
+def test_a_killed_run_with_stochastic_weight_averaging_gives_the_same_bytes(tmp_path: Path, world: int) -> None:
+    """Its batch norm statistics are computed again after each averaged epoch."""
+    swa = ("--set", "train.swa_start=2", "--set", "train.swa_lr=0.02", "--set", 'train.best_metric="last"')
+    plain = uninterrupted(world, STATEFUL, *swa, *epochs(5))
+    assert survive(tmp_path / "killed", world, STATEFUL, 5, 5, 3, *swa) == plain
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (2, 2)])

@@ -168,7 +168,7 @@ def test_a_run_with_binary_cross_entropy_learns_and_is_validated_by_cross_entrop
 
 def test_a_mean_over_no_images_is_an_error() -> None:
     with pytest.raises(AssertionError, match="no images"):
-        _means(torch.zeros(3, dtype=torch.float64), Accelerator(cpu=True))
+        _means(torch.zeros(1, 3, dtype=torch.float64), Accelerator(cpu=True))
 
 
 # -- averaged model weights -------------------------------------------------------------------------------------------

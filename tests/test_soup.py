@@ -228,9 +228,9 @@ def test_a_soup_of_linear_probes_takes_features_from_the_cache_and_keeps_the_bac
     assert "metrics equal those of summary.json" in toolkit("evaluate", run.path).stdout
 
 
-def test_frozen_and_fine_tuned_runs_are_averaged_on_images(tmp_path: Path) -> None:
+def test_runs_of_different_modes_are_averaged_on_images(tmp_path: Path) -> None:
     rows = '[[study.rows]]\nname = "{0}"\nset.transfer.mode = "{0}"\n'
-    text = PRETRAINED + rows.format("linear_probe").replace("{", "{{") + rows.format("finetune")
+    text = PRETRAINED + "".join(map(rows.format, ("linear_probe", "finetune", "lora")))
     assert toolkit("study", write_recipe(tmp_path, text)).status == 0
     study = tmp_path / "runs" / "small"
     assert toolkit("soup", study).status == 0

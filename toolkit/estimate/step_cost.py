@@ -47,7 +47,7 @@ class Memory:
     gradients: int
     optimizer: int
     average: int
-    """Average of the weights (train.ema, optimizer.lookahead)."""
+    """Average of the weights (train.ema, train.swa_start, optimizer.lookahead)."""
     start: int
     """Pretrained parameters before training (transfer.l2_sp)."""
     sam: int
@@ -148,7 +148,7 @@ def measure_memory(recipe: Recipe, built: ModelBundle, step: StepCost, shape: tu
         weights=_nbytes([*parameters, *built.module.buffers()]),
         gradients=trainable,
         optimizer=optimizer_bytes(recipe.optimizer, param_groups(built, recipe.transfer, recipe.optimizer)),
-        average=trainable if recipe.train.ema or recipe.optimizer.lookahead else 0,
+        average=trainable if recipe.train.ema or recipe.train.swa_start or recipe.optimizer.lookahead else 0,
         start=_nbytes(pretrained) if recipe.transfer.l2_sp else 0,
         sam=trainable if recipe.optimizer.sam else 0,
         activations=step.activations,

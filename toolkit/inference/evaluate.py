@@ -299,7 +299,7 @@ def _equal_rows(run: Run, task: Task, found: EvalResult, classes: list[str]) -> 
 def load_last_model(run: Run, module: nn.Module, epoch: int) -> bool:
     """Load the weights after ``epoch``, the run's last one, into ``module``; return False if the checkpoint is missing.
 
-    With train.ema or optimizer.lookahead these are the averaged weights, which the run evaluates.
+    With train.ema, train.swa_start or optimizer.lookahead these are the averaged weights, which the run evaluates.
     """
     path = find_latest(run.checkpoints, lambda warning: None)  # its warnings matter only when resuming
     content = None if path is None else load_checkpoint(path)

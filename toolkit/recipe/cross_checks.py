@@ -116,6 +116,7 @@ def fitted_head(recipe: Recipe) -> Iterator[Issue]:
         "train.class_weights": (train.class_weights != "none", "classes are not weighted"),
         "train.sampling": (train.sampling == "balanced", "each image counts once"),
         "train.ema": (train.ema is not None, "there are no steps to average over"),
+        "train.swa_start": (train.swa_start is not None, "there are no steps to average over"),
         "optimizer.sam": (recipe.optimizer.sam is not None, "the optimizer takes no steps"),
         "optimizer.lookahead": (recipe.optimizer.lookahead is not None, "the optimizer takes no steps"),
         "augment.label_smoothing": (augment.label_smoothing > 0, "labels are not smoothed"),
@@ -377,9 +378,6 @@ def train(recipe: Recipe) -> Iterator[Issue]:
         if recipe.train.loss != loss and getattr(args, key) != getattr(defaults, key):
             text = f"has no effect with train.loss = {toml_value(recipe.train.loss)}, only with {toml_value(loss)}"
             yield warning(f"train.loss_args.{key}", text, "train.loss", at="key")
-    for key, default in (("ema_steps", 1), ("ema_warmup", True)):
-        if recipe.train.ema is None and getattr(recipe.train, key) != default:
-            yield warning(f"train.{key}", "has no effect without train.ema", "train.ema", at="key")
     if recipe.train.sampling == "balanced" and recipe.train.class_weights == "balanced":
         text = 'train.sampling = "balanced" already compensates for rare classes: this weights them twice'
         yield warning("train.class_weights", text, "train.sampling")
@@ -403,6 +401,35 @@ def distillation(recipe: Recipe) -> Iterator[Issue]:
     if not unfit["task.kind"][0] and loss != "cross_entropy" and not loss.startswith(PREFIX):
         text = f"{toml_value(loss)} cannot be combined with [distillation], whose soft targets are for a softmax"
         yield error("train.loss", text, "distillation.teacher", hint='set train.loss = "cross_entropy"')
+
+
+def averages(recipe: Recipe) -> Iterator[Issue]:
+    """Check that EMA and SWA fit the run and each other; warn about keys that have no effect without them."""
+    train, start = recipe.train, recipe.train.swa_start
+    for key, default in (("ema_steps", 1), ("ema_warmup", True)):
+        if train.ema is None and getattr(train, key) != default:
+            yield warning(f"train.{key}", "has no effect without train.ema", "train.ema", at="key")
+    if start is None:
+        if train.swa_lr is not None:
+            yield warning("train.swa_lr", "has no effect without train.swa_start", "train.swa_start", at="key")
+        return
+    text = "cannot be combined with {}: each determines the weights that are evaluated and saved"
+    for other, is_set in (("train.ema", train.ema), ("optimizer.lookahead", recipe.optimizer.lookahead)):
+        if is_set is not None:
+            yield error("train.swa_start", text.format(other), other, hint="remove one of them", at="key")
+    if train.epochs is not None and start > ceil(train.epochs):
+        text = f"epoch {start} is beyond the run's {train.epochs:g} epochs"
+        hint = f"for example swa_start = {ceil(train.epochs * 3 / 4)}: three quarters of the run"
+        yield error("train.swa_start", text, "train.epochs", hint=hint)
+    if train.virtual_processes is not None:
+        text = "cannot be combined with virtual_processes, which do not compute batch norm statistics again"
+        yield error("train.swa_start", text, "train.virtual_processes", at="key")
+    if (probe := recipe.transfer.epochs_of_probe) >= start:
+        text = f"epoch {start} is in the probe of {probe} epochs, which does not train all weights"
+        yield error("train.swa_start", text, "transfer.probe_epochs", hint=f"set {probe + 1} or more")
+    if (last := max(recipe.transfer.unfreeze_at, default=0)) > start:
+        text = f"epoch {start} is before epoch {last}, from which on all layers are trained"
+        yield error("train.swa_start", text, "transfer.unfreeze_at", hint=f"set {last} or more")
 
 
 def labels(recipe: Recipe) -> Iterator[Issue]:
@@ -455,6 +482,7 @@ RULES = (
     augment_checks.augment,
     train,
     distillation,
+    averages,
     data,
     labels,
 )

@@ -360,6 +360,21 @@ class TrainConfig(ConfigModel):
         description="ema: warm the decay up from 0, so that at update n it is at most 1 - n ** (-2/3), as in timm's "
         "ModelEmaV3 with use_warmup. false: the decay is constant from the second update on.",
     )
+    swa_start: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Stochastic weight averaging (SWA, Izmailov et al. 2018, arXiv:1803.05407): number of the first "
+        "epoch, from 1, at whose end the weights enter an equal average, which is then evaluated and saved in their "
+        "place, with batch norm statistics computed again on the training images. Default: no SWA.",
+        json_schema_extra=EPOCHS,
+    )
+    swa_lr: float | None = Field(
+        None,
+        gt=0,
+        le=1e30,
+        description="SWA: constant learning rate from the start of epoch swa_start on. Default: that of [scheduler].",
+    )
     loss: Literal["cross_entropy", "bce", "focal", "asymmetric"] | PluginName = Field(
         "cross_entropy",
         description="Training loss. Default: cross_entropy, or bce with task.kind = multi_label. bce: binary "

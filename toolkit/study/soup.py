@@ -58,7 +58,6 @@ COPIED = (
     "recipe.toml",
     "origins.json",
     "split.json",
-    "checkpoints/model.json",
     "checkpoints/files.safetensors",
     "checkpoints/first_layer.safetensors",
 )
@@ -187,8 +186,8 @@ def evaluated_recipe(members: Sequence[SoupMember]) -> Recipe:
     """
     recipe = members[0].recipe
     accum_steps = int(members[0].run.environment.get("grad_accum_steps", recipe.train.min_accum_steps))
-    train = {"compile": False, "cuda_graphs": False, "ema": None, "grad_accum_steps": accum_steps}
-    update: dict[str, Any] = {"train": recipe.train.model_copy(update=train)}
+    train = {"compile": False, "cuda_graphs": False, "ema": None, "swa_start": None, "grad_accum_steps": accum_steps}
+    update: dict[str, Any] = {"train": recipe.train.model_copy(update=train), "distillation": None}
     if any(member.recipe.transfer.mode not in ("linear_probe", "logistic") for member in members):
         update["transfer"] = type(recipe.transfer)(mode="finetune")
     return recipe.model_copy(update=update)
@@ -273,7 +272,9 @@ class SoupEvaluator:
         for name in COPIED:
             if (best.path / name).exists():
                 shutil.copyfile(best.path / name, run.path / name)
-        run.write_json("checkpoints/model.json", without_temperature(run.model_card))
+        card = without_temperature(best.model_card)
+        card.pop("wise", None)  # of the member only
+        run.write_json("checkpoints/model.json", card)
         steps = {"grad_accum_steps": trainer.setup.accum_steps}
         run.write_json("environment.json", describe_environment(self.accelerator, trainer.recipe) | steps)
         self.display.set_log_file(run.log_file)

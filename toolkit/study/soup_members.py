@@ -77,6 +77,8 @@ def find_members(folder: StudyDirectory, rows: Sequence[str], log: Callable[[str
             f"only one finished run of {folder.path} has weights ({members[0].title}): there is nothing to average"
         )
     _check_alike(members)
+    if any(member.recipe.transfer.mode == "knn" for member in members):
+        raise UserError('k-nearest-neighbor classifiers (transfer.mode = "knn") have no weights that could be averaged')
     if any(member.recipe.transfer.refit for member in members):
         raise UserError(
             "a soup is judged on validation images, but these runs were also trained on them (transfer.refit = true)"
@@ -143,8 +145,8 @@ def different_starts(members: Sequence[SoupMember]) -> str:
         return ""
     what = "model.weights" if len(weights) > 1 else "random initial weights (recipe.seed, with no pretrained weights)"
     return (
-        f"the runs were trained from different {what}. Averages of such weights are seldom better than chance: models "
-        "can be averaged if they were trained from the same weights (Neyshabur et al. 2020, arXiv:2008.11687)"
+        f"the runs were trained from different {what}. The average of such weights is usually much worse than each of "
+        "them; averaging needs runs from the same initial weights (Neyshabur et al. 2020, arXiv:2008.11687)"
     )
 
 

@@ -15,10 +15,9 @@ from toolkit.errors import UserError
 from toolkit.filenames import encode_name
 from toolkit.models.transfer import param_groups
 from toolkit.plugins import PREFIX
-from toolkit.recipe.schema import Recipe
 from toolkit.similar_names import did_you_mean
 from toolkit.training.context import TrainingContext
-from toolkit.training.ema import Lookahead, ModelEma, WeightAverage
+from toolkit.training.ema import Lookahead, ModelEma, Swa, WeightAverage
 from toolkit.training.loaders import DataLoaders
 from toolkit.training.losses import Loss, check_loss, plugin_loss
 from toolkit.training.optimizer import build_optimizer
@@ -64,7 +63,7 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
         sam_radius=recipe.optimizer.sam,
         sam_adaptive=recipe.optimizer.sam_adaptive,
     )
-    average, virtual = _weight_average(recipe, network), None
+    average, virtual = _weight_average(setup, network, settings), None
     if recipe.train.virtual_processes is not None:
         world, rank = accelerator.num_processes, accelerator.process_index
         virtual = VirtualProcesses(network, recipe.train.virtual_processes, world, rank)
@@ -82,11 +81,14 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
     )
 
 
-def _weight_average(recipe: Recipe, network: nn.Module) -> WeightAverage | None:
+def _weight_average(setup: TrainingContext, network: nn.Module, settings: TrainStepConfig) -> WeightAverage | None:
     """Return the average of the weights that is evaluated in their place, if the recipe has one."""
-    train, optimizer = recipe.train, recipe.optimizer
+    train, optimizer = setup.recipe.train, setup.recipe.optimizer
     if train.ema is not None:
         return ModelEma(network, train.ema, every=train.ema_steps, warmup=train.ema_warmup)
+    if train.swa_start is not None:  # steps are counted from first_epoch on
+        first, per_epoch = settings.first_epoch, settings.steps_per_epoch
+        return Swa(network, train.swa_start - first, per_epoch, setup.length.steps - first * per_epoch)
     if optimizer.lookahead is not None:
         return Lookahead(network, optimizer.lookahead, optimizer.lookahead_alpha)
     return None

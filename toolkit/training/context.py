@@ -37,7 +37,7 @@ from toolkit.models.transfer import Transfer, apply_transfer, describe_groups, l
 from toolkit.recipe.schema import DataConfig, Recipe
 from toolkit.training.console import Console, table
 from toolkit.training.distillation import Teacher, build_teacher
-from toolkit.training.ema import short_run_warning
+from toolkit.training.ema import check_swa_start, short_run_warning
 from toolkit.training.lr_schedule import check_schedule, in_epochs, scheduled_rate
 from toolkit.training.model_checks import batch_dependence, check_fit, check_gradients
 from toolkit.training.single_value_batches import check_single_value_batches
@@ -203,6 +203,7 @@ def build_context(
         build_teacher(recipe, accelerator, dataset.classes, preprocessing),
     )
     scheduled = length.steps - recipe.transfer.epochs_of_probe * length.steps_per_epoch
+    check_swa_start(train, length.epochs)
     if warning := short_run_warning(train, scheduled):
         display.log(warning)
     every = recipe.optimizer.lookahead

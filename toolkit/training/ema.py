@@ -6,18 +6,29 @@ so that the random initial weights soon stop contributing, as in timm's ModelEma
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
+from toolkit.formatting import plural
 from toolkit.recipe.schema import TrainConfig
 
 RAMP_POWER = 2 / 3
 """Equal to timm's ``warmup_power``: after n updates the average covers about the last n ** (2 / 3) updates."""
+
+
+def check_swa_start(train: TrainConfig, epochs: int) -> None:
+    """Raise UserError if train.swa_start is beyond a run of ``epochs``, whose number train.steps may determine."""
+    if train.swa_start is not None and train.swa_start > epochs:
+        raise UserError(
+            f"train.swa_start = {train.swa_start} is beyond the run's {plural(epochs, 'epoch')}, so that nothing would "
+            f"be averaged: set {epochs} or less"
+        )
 
 
 def decay_at(decay: float, update: int, *, warmup: bool = True) -> float:
@@ -64,6 +75,11 @@ class WeightAverage(ABC):
         self.averages: dict[str, Tensor] = {}
         self.follow(module)
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the model is to be evaluated and saved with the averages in place of its weights."""
+        return True
+
     def follow(self, module: nn.Module) -> None:
         """Start averaging parameters that have become trainable."""
         for name, parameter in module.named_parameters():
@@ -90,9 +106,9 @@ class WeightAverage(ABC):
 
     @torch.no_grad()
     def _swap(self, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters():
+        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
             if name in self.averages:
-                parameter.data, self.averages[name] = self.averages[name], parameter.data
+                tensor.data, self.averages[name] = self.averages[name], tensor.data
 
 
 class ModelEma(WeightAverage):
@@ -132,3 +148,42 @@ class Lookahead(WeightAverage):
             slow, fast = list(self.averages.values()), self._weights(module)
             torch._foreach_lerp_(slow, fast, self.alpha)
             torch._foreach_copy_(fast, slow)
+
+
+class Swa(WeightAverage):
+    """Equal average of the weights at the ends of epochs: SWA (Izmailov et al. 2018, arXiv:1803.05407).
+
+    Also holds the batch norm statistics of the averaged weights, which :meth:`keep_statistics` adds.
+    """
+
+    def __init__(self, module: nn.Module, start: int, steps_per_epoch: int, last_step: int) -> None:
+        """``start``: number of the first averaged epoch, from 1. ``last_step``: the last one of the run."""
+        super().__init__(module)
+        self.start, self.steps_per_epoch, self.last_step = start, steps_per_epoch, last_step
+        self.count = 0
+        """Number of averaged models."""
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether any weights have been averaged."""
+        return self.count > 0
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """After the last step of epoch ``start`` or a later one: average += (weight - average) / (count + 1)."""
+        is_end = step % self.steps_per_epoch == 0 or step == self.last_step
+        if not is_end or step <= (self.start - 1) * self.steps_per_epoch:
+            return
+        weights = dict(module.named_parameters())
+        names = [name for name in self.averages if name in weights]
+        averages = [self.averages[name] for name in names]
+        torch._foreach_lerp_(averages, [weights[name] for name in names], 1 / (self.count + 1))
+        self.count += 1
+
+    def keep_statistics(self, module: nn.Module, layers: Iterable[str]) -> None:
+        """Hold own buffers of the batch norm layers of these names, which are swapped in with the weights."""
+        for layer in layers:
+            for name, buffer in module.get_submodule(layer).named_buffers(recurse=False):
+                full = f"{layer}.{name}" if layer else name
+                if full not in self.averages:
+                    self.averages[full] = buffer.clone()

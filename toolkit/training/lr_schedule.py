@@ -55,8 +55,12 @@ def scheduled_rate(
 ) -> float:
     """Return the learning rate at an epoch of a run, of a parameter group whose peak is ``scale`` x optimizer.lr.
 
-    With transfer.mode = "lp_ft", it is constant in the probe, after which the schedule begins.
+    With transfer.mode = "lp_ft", it is constant in the probe, after which the schedule begins. From train.swa_start on
+    it is train.swa_lr, if that is set.
     """
+    start, swa_lr = recipe.train.swa_start, recipe.train.swa_lr
+    if start is not None and swa_lr is not None and epoch >= start - 1:
+        return scale * swa_lr
     table, peak, probe = recipe.transfer, recipe.optimizer.lr, recipe.transfer.epochs_of_probe
     if epoch < probe:
         return scale * (peak if table.probe_lr is None else table.probe_lr)

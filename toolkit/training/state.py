@@ -15,6 +15,7 @@ from toolkit.distributed.batchnorm import local_statistics, restore_statistics
 from toolkit.errors import UserError
 from toolkit.plugins import records
 from toolkit.recipe import recipe_hash
+from toolkit.training.ema import Swa
 from toolkit.training.optimizer import load_state
 from toolkit.training.resume import stored_recipe
 
@@ -87,8 +88,9 @@ def checkpoint_content(trainer: Trainer, processes: list[dict[str, Any]]) -> dic
         "plateau": trainer.plateau.state(),
         "model": trainer.setup.built.module.state_dict(),
         "ema": {}
-        if step.average is None
+        if step.average is None or not step.average.is_evaluated
         else {_prefix(trainer) + name: v for name, v in step.average.averages.items()},
+        "averaged_models": step.average.count if isinstance(step.average, Swa) else None,
         "optimizer": step.optimizer.state_dict(),
         "scaler": {} if scaler is None else scaler.state_dict(),
         "random": [each["random"] for each in processes],
@@ -152,8 +154,15 @@ def restore_rest(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     except ValueError as error:
         raise UserError(f"the checkpoint's optimizer state does not fit the recipe: {error}") from None
     if step.average is not None:
-        for name, value in checkpoint["ema"].items():
-            step.average.averages[name.removeprefix(_prefix(trainer))].copy_(value)
+        averages, device = step.average.averages, accelerator.device
+        for full, value in checkpoint["ema"].items():
+            name = full.removeprefix(_prefix(trainer))
+            if name in averages:
+                averages[name].copy_(value)
+            else:  # batch norm statistics of averaged weights
+                averages[name] = value.to(device, copy=True)
+    if isinstance(step.average, Swa):
+        step.average.count = checkpoint.get("averaged_models") or 0
     if accelerator.scaler is not None and checkpoint["scaler"]:
         accelerator.scaler.load_state_dict(checkpoint["scaler"])
     if len(checkpoint["random"]) == accelerator.num_processes:

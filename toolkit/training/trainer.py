@@ -28,6 +28,7 @@ from toolkit.models.pretrained import pack_state
 from toolkit.runs import Run
 from toolkit.trackers import Tracking
 from toolkit.training.accum_steps import settle_accum_steps
+from toolkit.training.batch_norm_statistics import update_swa_statistics
 from toolkit.training.build_trainer import build_train_step, place_model, unfreeze
 from toolkit.training.checkpoint import CheckpointStep, first_not_finite, load_weights
 from toolkit.training.console import ProgressBar, epoch_line
@@ -185,6 +186,7 @@ class Trainer:
             "train/accuracy": accuracy,
         }
         try:
+            update_swa_statistics(self, epoch)
             if self.setup.has("validation"):
                 validated = self.evaluate("validation")
                 record |= self.setup.task.with_thresholds_of(validated).metrics(validated, "val/")
@@ -420,9 +422,11 @@ class Trainer:
         return [*shown, f"{duration(left)} left for {what}"]
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model has its averaged weights, if the recipe has an EMA or Lookahead."""
+        """Return a context in which the model has its averaged weights, if the recipe has an average of them."""
         average = self.train_step.average
-        return contextlib.nullcontext() if average is None else average.swapped_in(self.train_step.network)
+        if average is None or not average.is_evaluated:
+            return contextlib.nullcontext()
+        return average.swapped_in(self.train_step.network)
 
     # -- stopping and resuming ----------------------------------------------------------------------------------------
 
