@@ -46,6 +46,42 @@ def test_nag_is_sgd_with_nesterov_momentum_and_sgd_is_plain() -> None:
         assert optimizer.defaults["nesterov"] is nesterov
 
 
+def steps_of(table: OptimizerConfig, start: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Return a parameter after a step with each gradient."""
+    parameter = torch.nn.Parameter(start.clone())
+    optimizer = build_optimizer(table, [{"params": [parameter], "weight_decay": table.weight_decay}])
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach()
+
+
+def test_lars_scales_steps_without_weight_decay_if_the_recipe_says_so() -> None:
+    """As in MAE's linear probe: the step is lr x mu, mu = 0.9 mu + 0.001 |p| / |g| x g (You et al. 2017)."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5, 3), [torch.randn(5, 3) for _ in range(3)]
+    expected, momentum = start.clone(), torch.zeros_like(start)
+    for gradient in gradients:
+        momentum = 0.9 * momentum + 0.001 * expected.norm() / gradient.norm() * gradient
+        expected = expected - 6.4 * momentum
+    table = OptimizerConfig(name="lars", lr=6.4, momentum=0.9, args={"always_adapt": True})
+    torch.testing.assert_close(steps_of(table, start, gradients), expected)
+
+
+def test_lamb_follows_its_formula() -> None:
+    """You et al. 2020, arXiv:1904.00962, algorithm 2, with bias correction and gradients clipped to a norm of 1."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5, 3), [torch.randn(5, 3) for _ in range(3)]
+    expected, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    for number, gradient in enumerate(gradients, 1):
+        clipped = gradient / gradient.norm().clamp(min=1)
+        first, second = 0.9 * first + 0.1 * clipped, 0.999 * second + 0.001 * clipped**2
+        update = first / (1 - 0.9**number) / ((second / (1 - 0.999**number)).sqrt() + 1e-6) + 0.02 * expected
+        expected = expected - 5e-3 * expected.norm() / update.norm() * update
+    table = OptimizerConfig(name="lamb", lr=5e-3, weight_decay=0.02)
+    torch.testing.assert_close(steps_of(table, start, gradients), expected)
+
+
 def test_an_unsupported_optimizer_argument_is_named() -> None:
     group = {"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}
     with pytest.raises(UserError, match="bettas"):
