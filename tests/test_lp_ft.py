@@ -13,7 +13,7 @@ import torch
 from trainers import PRETRAINED, Trainers, only_run, outcome, write_recipe
 
 from toolkit.distributed.process import StopTraining
-from toolkit.errors import Interrupted, UserError
+from toolkit.errors import Interrupted
 from toolkit.lr_finder import find_lr
 from toolkit.recipe import Recipe, load_recipe
 from toolkit.recipe.schema import AugmentConfig, TransformConfig
@@ -175,8 +175,15 @@ def test_features_are_cached_only_without_augmentation_and_change_nothing(
     assert is_same == (setting == 'data.cache="off"')
 
 
-def test_a_dry_run_tries_both_phases_and_the_learning_rate_finder_asks_for_one(tmp_path: Path) -> None:
-    recipe = lp_ft(tmp_path)
-    dry_run(recipe)
-    with pytest.raises(UserError, match="two learning rates"):
-        find_lr(recipe)
+def test_a_dry_run_tries_both_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(lp_ft(tmp_path))
+    shown = capsys.readouterr().err
+    assert "linear probe for 2 epochs with learning rate 0.2, then fine-tuning for 3 epochs" in shown
+    assert shown.count("cached: inputs of head") == 0, "a dry run writes nothing, not even to the cache"
+
+
+def test_the_learning_rate_finder_is_for_fine_tuning(tmp_path: Path) -> None:
+    found, _ = find_lr(lp_ft(tmp_path), steps=40)
+    text = f'{BEFORE_TRANSFER}\n[transfer]\nmode = "finetune"\nl2_sp = 0.1\n'
+    expected, _ = find_lr(load_recipe(write_recipe(tmp_path, text)), steps=40)
+    assert found == expected

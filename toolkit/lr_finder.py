@@ -79,17 +79,12 @@ def find_lr(recipe: Recipe, *, steps: int = 100, min_lr: float = 1e-7, max_lr: f
 
     Trains up to ``steps`` optimizer steps from the recipe's initial weights. Instead of following the schedule,
     optimizer.lr rises exponentially from ``min_lr`` to ``max_lr``. Inputs have data.image_size, also in recipes with
-    progressive sizes.
+    progressive sizes; with transfer.mode = "lp_ft", everything is trained, without the probe.
     Returns the result, equal on all processes, and whether this is the main process. Raises UserError if
     ``min_lr`` is not below ``max_lr`` or the loss diverges within the first steps.
     """
     if not 0 < min_lr < max_lr < math.inf:
         raise UserError(f"the learning rate must rise: {min_lr:g} to {max_lr:g} does not")
-    if recipe.transfer.mode == "lp_ft":
-        raise UserError(
-            'transfer.mode = "lp_ft" has two learning rates: add --set \'transfer.mode="linear_probe"\' for '
-            'transfer.probe_lr, or "finetune" for optimizer.lr'
-        )
     recipe = recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"progressive_sizes": None}),
@@ -99,6 +94,9 @@ def find_lr(recipe: Recipe, *, steps: int = 100, min_lr: float = 1e-7, max_lr: f
     accelerator = init_accelerator(recipe.train)
     check_batch_size(recipe.train, accelerator.num_processes)
     display = Console(is_main=accelerator.is_main_process)
+    if recipe.transfer.mode == "lp_ft":
+        recipe = recipe.model_copy(update={"transfer": recipe.transfer.model_copy(update={"mode": "finetune"})})
+        display.log('transfer.mode = "lp_ft": the test is of fine-tuning with a new head, for optimizer.lr')
     with out_of_memory_explained(recipe.train, accelerator.num_processes):
         training = Trainer(build_context(recipe, accelerator, display), None, None, GracefulStop(), None)
         try:
