@@ -200,13 +200,25 @@ def test_outputs_computed_once_are_those_of_each_batch(teacher: Run, settings: t
 
 
 @pytest.mark.extended
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ('transfer.mode="linear_probe"',),
+        (
+            'transfer={mode="lp_ft", probe_epochs=1, probe_lr=0.05}',
+            "augment.train=[{name='RandomAffine', degrees=30}]",
+            "train.epochs=3",
+        ),
+    ],
+    ids=["linear_probe", "lp_ft, whose probe has no augmentation"],
+)
 def test_a_student_with_a_frozen_backbone_is_trained_on_features_and_outputs_computed_once(
-    teacher: Run, tmp_path: Path
+    teacher: Run, mode: tuple[str, ...], tmp_path: Path
 ) -> None:
-    probe = (f'model.weights="file:{teacher.best_weights}"', 'transfer.mode="linear_probe"', "data.channels=1")
-    cached = distilled(tmp_path / "cached", TEACHER, teacher, *probe)
-    each = distilled(tmp_path / "each", TEACHER, teacher, 'data.cache="off"', *probe)
-    assert "inputs of head computed once" in " ".join(cached.summary["cached"])
+    settings = (f'model.weights="file:{teacher.best_weights}"', "data.channels=1", *mode)
+    cached = distilled(tmp_path / "cached", TEACHER, teacher, *settings)
+    each = distilled(tmp_path / "each", TEACHER, teacher, 'data.cache="off"', *settings)
+    assert "cached: outputs of the teacher for all training images" in cached.log_file.read_text()
     for found, expected in zip(cached.epoch_records(), each.epoch_records(), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
 

@@ -34,6 +34,9 @@ ELSEWHERE = {
         "test_tutorial.py::test_the_commands_work_in_an_empty_folder"
     ),
     r"toolkit (table|report) runs/learning-rates": "test_study_table.py::test_",
+    r"toolkit (train cifar10_teacher|study distillation)\.toml": (
+        "test_distillation.py::test_an_interrupted_student_continues_bit_for_bit_and_needs_no_teacher_afterwards"
+    ),
     r"toolkit soup .*": "test_soup.py::test_the_same_soup_is_made_again_byte_by_byte",
     r"toolkit submit .*": "test_slurm_cluster.py::test_a_run_on_two_nodes_equals_a_run_in_one_process",
     r"toolkit submit (STUDY|recipes/studies/|search).*": (
