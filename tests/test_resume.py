@@ -407,6 +407,13 @@ def test_resuming_adamw_with_gradual_unfreezing_is_bit_identical(recipe: Recipe)
     assert outcome(resumed(paused(recipe))) == outcome(fit(recipe, quiet=True))
 
 
+@pytest.mark.extended
+@pytest.mark.parametrize("key", ["augment__repeats", "augment__alternating_flip"])
+def test_resuming_with_repeated_or_alternating_augmentation_is_bit_identical(recipe: Recipe, key: str) -> None:
+    recipe = changed(recipe, **{key: 2 if key == "augment__repeats" else True})
+    assert outcome(resumed(paused(recipe, epochs=1))) == outcome(fit(recipe, quiet=True))
+
+
 def test_unkeyed_random_numbers_are_a_warning_and_repeat_on_the_same_number_of_processes(recipe: Recipe) -> None:
     """timm's DropBlock uses the global random generator."""
     model = {"source": "timm", "name": "test_resnet", "args": {"drop_block_rate": 0.5}}
