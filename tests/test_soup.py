@@ -228,6 +228,7 @@ def test_a_soup_of_linear_probes_takes_features_from_the_cache_and_keeps_the_bac
     assert "metrics equal those of summary.json" in toolkit("evaluate", run.path).stdout
 
 
+@pytest.mark.extended
 def test_runs_of_different_modes_are_averaged_on_images(tmp_path: Path) -> None:
     rows = '[[study.rows]]\nname = "{0}"\nset.transfer.mode = "{0}"\n'
     text = PRETRAINED + "".join(map(rows.format, ("linear_probe", "finetune", "lora")))
@@ -240,6 +241,7 @@ def test_runs_of_different_modes_are_averaged_on_images(tmp_path: Path) -> None:
     assert "metrics equal those of summary.json" in toolkit("evaluate", run.path).stdout
 
 
+@pytest.mark.extended
 def test_a_search_shows_soups_below_its_trials(tmp_path: Path) -> None:
     text = "[study]\nrandom = { runs = 3, seed = 0 }\nspace.optimizer.lr = { log_uniform = [0.05, 0.5] }\n"
     assert toolkit("study", write_study(tmp_path, text, epochs=1)).status == 0
@@ -328,6 +330,7 @@ def test_runs_that_validation_images_cannot_judge_are_refused(tmp_path: Path, se
     assert expected in refusal(tmp_path / "runs" / "small")
 
 
+@pytest.mark.extended
 def test_different_starting_weights_are_a_warning(tmp_path: Path) -> None:
     """GRID has two seeds, and each draws its own initial weights."""
     assert BASE.find("weights") == -1
