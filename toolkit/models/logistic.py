@@ -62,7 +62,7 @@ def fit_logistic(
         penalty = 1 / (strength * float(scale) ** 2 * len(x))
         # Only the penalty changes, so the steps of the last fit also tell this one about the curvature.
         pairs = [(s, y + (penalty - before) * _penalized(s)) for s, y in pairs]
-        point, pairs, converged[strength] = _minimize(point, pairs, x, labels, penalty, variances, tolerance)
+        point, pairs, converged[strength] = _minimize(point, pairs, x, labels, penalty, variances, axes, tolerance)
         points[strength], before = point, penalty
     found = torch.stack([points[strength] for strength in strengths])
     weights = found[..., :-1] @ (axes.T / scale)
@@ -70,19 +70,26 @@ def fit_logistic(
 
 
 def _minimize(
-    point: Tensor, pairs: Pairs, x: Tensor, labels: Tensor, penalty: float, variances: Tensor, tolerance: float
+    point: Tensor,
+    pairs: Pairs,
+    x: Tensor,
+    labels: Tensor,
+    penalty: float,
+    variances: Tensor,
+    axes: Tensor,
+    tolerance: float,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], bool]:
     """Return the minimizer, [classes, D + 1], the last steps, and whether the fit converged.
 
-    ``x``: uncorrelated features and a column of ones; ``variances``: mean square of each column, [D + 1]. The steps are
-    shortened until they fulfill Armijo's condition.
+    ``x``: features along their principal ``axes``, [D, D], and a column of ones; ``variances``: mean square of each
+    column, [D + 1]. The steps are shortened until they fulfill Armijo's condition.
     """
     recent = deque(pairs, maxlen=HISTORY)
     penalties = torch.full_like(variances, penalty)
     penalties[-1] = 0
     value, gradient, curvature = _objective(point, x, labels, penalty)
     for _ in range(MAX_ITERATIONS):
-        if float(gradient.abs().max()) <= tolerance:
+        if _is_small(gradient, axes, tolerance):
             return point, list(recent), True
         # The Hessian's diagonal, if the probabilities were the same for all examples: scales the columns of x.
         diagonal = (curvature * variances + penalties).clamp_min(1e-6)
@@ -113,6 +120,14 @@ def _objective(point: Tensor, x: Tensor, labels: Tensor, penalty: float) -> tupl
     penalized = penalty * _penalized(point)
     gradient = errors.T @ x / len(x) + penalized
     return float(loss + _dot(penalized, point) / 2), gradient, curvature
+
+
+def _is_small(gradient: Tensor, axes: Tensor, tolerance: float) -> bool:
+    """Return whether no component of a gradient along ``axes`` exceeds ``tolerance`` once it is along the features."""
+    if float(gradient.abs().max()) > 10 * tolerance:  # usually too large; saves a product
+        return False
+    largest = torch.maximum((gradient[:, :-1] @ axes.T).abs().max(), gradient[:, -1].abs().max())
+    return float(largest) <= tolerance
 
 
 def _penalized(point: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ class Row:
     validation: dict[str, float] = field(default_factory=dict)
     """Highest validation accuracy of each kind of head, 0..1."""
     val_accuracy: float = 0.0
-    """The highest of these."""
+    """That of the chosen head."""
     val_loss: float = 0.0
     correct: int = 0
     """Number of correctly classified test images."""
@@ -85,7 +86,7 @@ class Row:
 
 
 class _Candidate(NamedTuple):
-    """A head with its validation accuracy and negative validation loss; the greatest one is chosen."""
+    """A head with its validation accuracy and negative validation loss."""
 
     val_accuracy: float
     negative_loss: float
@@ -136,8 +137,8 @@ def _probe(data: ProbedData, backbone: Backbone, stated: str, accelerator: Accel
         assert trainer.progress.best is not None
         best = trainer.progress.best
         found = f"logistic, C = {trainer.progress.chosen_C:g}"
-        candidates.append(_Candidate(best["val/accuracy"], -best["val/loss"], Head("logistic"), found))
-        chosen = _choose(candidates)
+        candidates.insert(0, _Candidate(best["val/accuracy"], -best["val/loss"], Head("logistic"), found))
+        chosen = _choose(candidates, len(trainer.setup.splits["validation"]))
         if chosen.head.mode != "logistic":
             text, recipe = recipe_of(data, backbone, chosen.head)
             trainer = _trainer(recipe, accelerator, stack)
@@ -152,9 +153,15 @@ def _probe(data: ProbedData, backbone: Backbone, stated: str, accelerator: Accel
     )  # fmt: skip
 
 
-def _choose(candidates: Sequence[_Candidate]) -> _Candidate:
-    """Return the candidate with the highest validation accuracy; of several, the one with the lowest loss."""
-    return max(candidates, key=lambda one: (one.val_accuracy, one.negative_loss))
+def _choose(candidates: Sequence[_Candidate], images: int) -> _Candidate:
+    """Return the first candidate whose accuracy on ``images`` validation images is within a standard error of the best.
+
+    Differences of an image or two are chance, so the order decides: heads that are refitted with the validation images
+    first (the rule of one standard error: Breiman et al. 1984; Hastie et al. 2009, section 7.10).
+    """
+    best = max(one.val_accuracy for one in candidates)
+    error = math.sqrt(best * (1 - best) / images)
+    return next(one for one in candidates if one.val_accuracy >= best - error)
 
 
 def _trainer(recipe: Recipe, accelerator: Accelerator, stack: contextlib.ExitStack) -> Trainer:
