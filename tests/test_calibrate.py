@@ -23,6 +23,8 @@ from two_digits import write_two_digits
 from toolkit.errors import UserError
 from toolkit.inference.calibrate import best_temperature, negative_log_likelihood, reliability
 from toolkit.report.run_data import load_run_data
+from toolkit.report.run_page import write_run_page
+from toolkit.report.test_plots import temperature_figure
 from toolkit.runs import Run, open_run
 from toolkit.training.task import MultiLabel
 from toolkit.training.trained_model import load_model
@@ -209,16 +211,21 @@ def test_the_published_card_states_the_temperature(run: Run) -> None:
     assert f"the logits are divided by {temperature:.4g}." in (folder / "README.md").read_text()
 
 
-def test_the_report_shows_both_reliability_diagrams(run: Run) -> None:
+def test_the_report_shows_both_reliability_diagrams(run: Run, tmp_path: Path) -> None:
     assert load_run_data(run).scaling is None
     toolkit("calibrate", run.path)
-    assert toolkit("report", run.path).status == 0
-    page = (run.path / "report.html").read_text()
+    data = load_run_data(run)
+    page = write_run_page(tmp_path / "page.html", data, {}, []).read_text()
     found = json.loads((run.path / "calibration.json").read_text())
     for each in (found["splits"]["test"]["before"], found["splits"]["test"]["after"]):
         assert f"{each['nll']:.4f}" in page
         assert f"{100 * each['ece']:.2f} %" in page
-    assert (run.figures / "temperature.svg").exists()
+    assert data.scaling is not None
+    left, right, *_ = temperature_figure("run", data.scaling, multi_label=False).axes
+    heights = [bar.get_height() for bar in left.containers[0]]
+    expected = [value for value in found["splits"]["test"]["before"]["accuracy"] if value is not None]
+    assert heights == pytest.approx(expected)
+    assert f"temperature {found['temperature']:.3f}" in right.get_title()
 
 
 def test_a_run_that_cannot_be_calibrated_is_one_message(run: Run, tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ ELSEWHERE = {
     r"toolkit data .*--write-table.*": "test_write_table.py::test_",
     r"toolkit explain .*": "test_explain.py::test_",
     r"toolkit calibrate .*": "test_calibrate.py::test_",
+    r"toolkit .*--tta.*": "test_tta.py::test_",
     r"toolkit embed .*": "test_embed.py::test_",
     r"toolkit predict RUN @.*": "test_predict.py::test_",
 }

@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +99,7 @@ class Run(RunDirectory):
         top_k: int | None = None,
         batch_size: int | None = None,
         workers: int | None = None,
+        tta: Sequence[str] | None = None,
     ) -> list[Prediction]:
         """Predict images with the best model: one prediction per image, in order, as `toolkit predict` computes them.
 
@@ -107,13 +108,15 @@ class Run(RunDirectory):
         test images. ``top_k``: number of classes in ``top`` of each prediction; None: one, or of a multi-label model
         all labels whose probability is at least their threshold. ``batch_size`` (None: the run's own) and ``workers``
         (data loader workers; None: the available CPUs minus one) change the speed, and probabilities only by rounding.
+        ``tta``: test-time augmentation, such as ["flip"] or ["five_crop", "scales=1,1.15"]; ["none"]: none; None: the
+        one stored in model.json, if any.
 
         Images that cannot be read give a warning and a prediction with an ``error``. Raises UserError if none can be
         read. Under a launcher, all processes call it with the same images, and each gets all predictions.
         """
         from toolkit.inference.predict_images import predict_images
 
-        return predict_images(self, images, top_k=top_k, batch_size=batch_size, workers=workers)
+        return predict_images(self, images, top_k=top_k, batch_size=batch_size, workers=workers, tta=tta)
 
     def embed(
         self,
@@ -140,6 +143,7 @@ class Run(RunDirectory):
         name: str | None = None,
         ignore_unknown_classes: bool = False,
         data_root: str | os.PathLike[str] | None = None,
+        tta: Sequence[str] | None = None,
     ) -> dict[str, float]:
         """Evaluate the best model on the run's test images or another ``split``, or on other data.
 
@@ -148,6 +152,7 @@ class Run(RunDirectory):
         recipe, a folder with one folder per class, or a table of paths and labels, as for `toolkit evaluate --data`;
         metrics and predictions are then written to ``evaluations/<name>`` in the run directory, by default named after
         the data, and images of classes that the model does not have are an error unless ``ignore_unknown_classes``.
+        ``tta``: as for :meth:`predict`.
 
         Raises UserError. Under a launcher, all processes call it.
         """
@@ -163,7 +168,7 @@ class Run(RunDirectory):
         with distributed_context(self.recipe.train) as accelerator:
             if data is None:
                 root = None if data_root is None else Path(data_root)
-                report = evaluate_run(self, split or "test", accelerator, root, last=False)
+                report = evaluate_run(self, split or "test", accelerator, root, last=False, tta=tta)
                 metrics, notes = report.best, [*report.notes, *([report.conclusion] if report.differs else [])]
             else:
                 found = evaluate_data(
@@ -173,6 +178,7 @@ class Run(RunDirectory):
                     split=split,
                     name=name,
                     ignore_unknown_classes=ignore_unknown_classes,
+                    tta=tta,
                 )
                 metrics, notes = found.evaluation.metrics, found.notes
         for note in notes:

@@ -11,7 +11,7 @@ import typer
 
 from toolkit.cli.errors import command
 from toolkit.cli.inference import log
-from toolkit.cli.options import AsJson, ModelPath, RunPath, output
+from toolkit.cli.options import AsJson, ModelPath, RunPath, Tta, output
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def export(
     epoch: Annotated[
         str, typer.Option(metavar="EPOCH", help="Weights to export: best (the selected epoch) or last (the last one).")
     ] = "best",
+    tta: Tta = None,
     as_json: AsJson = False,
 ) -> None:
     """Export a run's best or last model for use in other programs.
@@ -41,7 +42,7 @@ def export(
     from toolkit.inference.export import LIMIT
     from toolkit.inference.export import export as write
 
-    done = write(run, style, out, epoch)
+    done = write(run, style, out, epoch, tta)
     for note in done.notes:
         log(note)
     if as_json:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, DataRoot, ModelPath, RunPath, output
+from toolkit.cli.options import AsJson, DataRoot, ModelPath, RunPath, Tta, output
 from toolkit.error_handling import is_first_process
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError, missing_package
 from toolkit.filenames import escape_control_characters
@@ -58,6 +58,10 @@ def evaluate(
     ignore_unknown_classes: Annotated[
         bool, typer.Option(help="With --data: leave out images of classes that the model does not have.")
     ] = False,
+    tta: Tta = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="Store --tta in model.json: predict, evaluate and export then use it.")
+    ] = False,
     data_root: DataRoot = None,
     as_json: AsJson = False,
 ) -> int:
@@ -69,6 +73,8 @@ def evaluate(
     With --data, the model is evaluated on other images, whose classes are matched by name. Metrics and predictions are
     written to RUN/evaluations/NAME and shown in the run's report: toolkit evaluate RUN --data photos/
 
+    With --tta, the model is evaluated without and with test-time augmentation: toolkit evaluate RUN --tta flip
+
     Example: toolkit evaluate runs/quickstart/20260102-030405-abcd --split validation
 
     On several processes: accelerate launch -m toolkit evaluate RUN
@@ -77,8 +83,12 @@ def evaluate(
         raise UserError("--name and --ignore-unknown-classes need --data, which selects another data set")
     if data is not None and data_root is not None:
         raise UserError("--data-root is the folder of the run's own images, which are not read with --data")
+    if store and tta is None:
+        raise UserError("--store needs --tta, which it stores")
     from toolkit.runs import open_run
+    from toolkit.tta import parse_tta, store_tta
 
+    parse_tta([] if tta in (None, ["none"]) else tta or [])
     opened = open_run(run)
     recipe = opened.recipe
     # torch is imported only here, once the run is known to be readable.
@@ -89,14 +99,16 @@ def evaluate(
     check_split(split or "test")
     with distributed_context(recipe.train) as accelerator:
         if data is not None:
-            settings = {"split": split, "name": name, "ignore_unknown_classes": ignore_unknown_classes}
+            settings = {"split": split, "name": name, "ignore_unknown_classes": ignore_unknown_classes, "tta": tta}
             found = evaluate_data(opened, data, accelerator, **settings)  # type: ignore[arg-type]
             text, differs = found.json(opened) if as_json else found.text(opened), False
         else:
-            report = evaluate_run(opened, split or "test", accelerator, data_root)
+            report = evaluate_run(opened, split or "test", accelerator, data_root, tta=tta)
             text, differs = report.json(opened) if as_json else report.text(), report.differs
         if accelerator.is_main_process:
             print(text, flush=True)
+            if store:
+                store_tta(opened, tta or [])
     return EXIT_FAILURE if differs else EXIT_OK
 
 
@@ -139,6 +151,7 @@ def predict(
         int | None,
         typer.Option(min=0, metavar="N", help="Data loader workers. Default: the available CPUs minus one."),
     ] = None,
+    tta: Tta = None,
 ) -> int:
     """Predict images with a run's best model.
 
@@ -153,9 +166,10 @@ def predict(
     _check_style(chosen)
     arguments = [*(paths or []), *(f"@{path}" for path in list_ or [])]
     from toolkit.distributed.context import distributed_context
+    from toolkit.inference.tta import with_tta
     from toolkit.training.trained_model import load_model
 
-    trained = load_model(run)
+    trained = with_tta(load_model(run), tta)
     if trained.caution:
         log(trained.caution)
     train, own_batch_size = run_settings(run)

@@ -111,3 +111,12 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Folder of the images, if they are no longer in the recipe's data.root."),
 ]
+Tta = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tta",
+        metavar="VIEWS",
+        help="Test-time augmentation: flip, five_crop, translate or scales=1,1.15; several are combined. Or none. "
+        "Default: what is stored in model.json.",
+    ),
+]

@@ -17,6 +17,7 @@ from toolkit.calibration import FILE, Reliability, SplitCalibration, Temperature
 from toolkit.distributed.process import main_only
 from toolkit.errors import UserError
 from toolkit.inference.evaluate import measure, split_images
+from toolkit.inference.tta import with_tta
 from toolkit.runs import Run
 from toolkit.training.resume import check_recipe
 from toolkit.training.task import task_from_dict
@@ -55,7 +56,7 @@ def calibrate(run: Run, accelerator: Accelerator, data_root: Path | None = None)
         raise UserError(
             f"{run.path} has no validation images, on which the temperature is chosen: train with data.split.validation"
         )
-    trained = load_model(run.path, model=run.factory)
+    trained = with_tta(load_model(run.path, model=run.factory))
     splits = [split for split in ("validation", "test") if run.split[split]]
     found: dict[str, tuple[Logits, Labels]] = {}
     for split in splits:

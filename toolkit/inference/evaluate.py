@@ -7,10 +7,12 @@ independently of the current number of processes, so all metrics are bitwise equ
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -20,18 +22,21 @@ from toolkit.data.dataloader import EvaluationLoader, SplitDataset, WorkerBatche
 from toolkit.data.datasets import Dataset
 from toolkit.data.sampling import IntArray, plan_evaluation
 from toolkit.data.splits import SPLITS, split_hash
-from toolkit.distributed.process import autocast_dtype, local_processes
+from toolkit.distributed.process import autocast_dtype, local_processes, main_only
 from toolkit.errors import UserError
+from toolkit.inference.tta import with_tta
 from toolkit.reading import UnreadableFile
 from toolkit.report.run_images import open_run_images
 from toolkit.runs import Run
 from toolkit.similar_names import did_you_mean
+from toolkit.study.significance import McNemar
 from toolkit.training.checkpoint import find_latest, load_checkpoint
 from toolkit.training.console import table
 from toolkit.training.evaluation import Outcomes, evaluate
 from toolkit.training.resume import check_recipe
 from toolkit.training.task import EvalResult, Task, task_from_dict
 from toolkit.training.trained_model import TrainedModel, load_model, load_state
+from toolkit.tta import TtaResult, write_tta
 
 PREFIXES = {"validation": "val_", "test": "test_"}
 """Prefix of each split's metrics in summary.json; there are none for training images without augmentation."""
@@ -150,8 +155,13 @@ def evaluate_run(
     data_root: Path | None = None,
     *,
     last: bool = True,
+    tta: Sequence[str] | None = None,
 ) -> ReevaluationReport:
-    """Evaluate a run's best model on a split and, with ``last``, the last one if its checkpoint exists. Collective."""
+    """Evaluate a run's best model on a split and, with ``last``, the last one if its checkpoint exists. Collective.
+
+    With test-time augmentation (``tta``, as for :func:`toolkit.inference.tta.with_tta`), the best model is evaluated
+    without and with it, and both accuracies are written to tta.json.
+    """
     check_split(split)
     if not run.split[split]:
         others = [other for other in SPLITS if run.split[other]]
@@ -168,14 +178,13 @@ def evaluate_run(
     report = ReevaluationReport(split, len(indices))
     prefix = PREFIXES.get(split, f"{split}_")
     allowed = max(ROUNDING[accelerator.mixed_precision or "no"], ROUNDING[summary.get("precision") or "no"])
-    plain, used = replace(trained.task, temperature=1.0), trained.task
-    if used.temperature == 1:
-        best = measure(run, trained, split, (dataset, indices), plain, accelerator)
-    else:
-        best, calibrated = measure_both(run, trained, split, (dataset, indices), (plain, used), accelerator)
-        report.metrics += _compare("calibrated", used.metrics(calibrated, prefix), {}, allowed)
-        report.notes.append(f"calibrated: the best model with its logits divided by {used.temperature:.4g}")
-    report.metrics[:0] = _compare("best", plain.metrics(best, prefix), summary.get("best", {}), allowed)
+    images = (dataset, indices)
+    best, used = _measure_best(run, trained, split, images, accelerator, tta)
+    plain = replace(trained.task, temperature=1.0)
+    report.metrics += _compare("best", plain.metrics(best, prefix), summary.get("best", {}), allowed)
+    for model, (result, note) in used.items():
+        report.metrics += _compare(model, trained.task.metrics(result, prefix), {}, allowed)
+        report.notes.append(note)
     if split == "test" and summary:
         report.predictions_equal = _equal_rows(run, plain, best, trained.classes)
     has_last = summary and (summary["last"]["epoch"] != summary["best"]["epoch"] or "wise" in summary)
@@ -184,7 +193,7 @@ def evaluate_run(
         if load_last_model(run, trained.module, epoch):
             entry = plain.to_dict() | {"thresholds": summary.get("last_thresholds")}
             last_task = task_from_dict(entry, plain.classes)
-            found = measure(run, trained, split, (dataset, indices), last_task, accelerator)
+            found = measure(run, trained, split, images, last_task, accelerator)
             report.metrics += _compare("last", last_task.metrics(found, prefix), summary["last"], allowed)
         else:
             report.notes.append(f"the last model was not evaluated: no intact checkpoint of epoch {epoch} is left")
@@ -241,18 +250,47 @@ class _Both:
         return torch.cat([self.first.outcomes(logits, labels), self.second.outcomes(logits, labels)], 1)
 
 
-def measure_both(
+def _measure_best(
     run: Run,
     trained: TrainedModel,
     split: str,
     images: tuple[Dataset, IntArray],
-    tasks: tuple[Task, Task],
     accelerator: Accelerator,
-) -> tuple[EvalResult, EvalResult]:
-    """Evaluate a model in one pass, like :func:`measure`, for two tasks that differ in the temperature. Collective."""
-    found = measure(run, trained, split, images, _Both(*tasks), accelerator)
-    width = tasks[0].width
-    return EvalResult(found.outcomes[:, :width], found.labels), EvalResult(found.outcomes[:, width:], found.labels)
+    tta: Sequence[str] | None,
+) -> tuple[EvalResult, dict[str, tuple[EvalResult, str]]]:
+    """Evaluate the best model as in training and, if it predicts otherwise, also with temperature and augmentation.
+
+    Returns the first result and, if there is one, the second by the name of the model, with a note. Collective.
+    """
+    plain, used, augmented = replace(trained.task, temperature=1.0), trained.task, with_tta(trained, tta)
+    divided = f"logits divided by {used.temperature:.4g}"
+    if augmented.module is trained.module:
+        if used.temperature == 1:
+            return measure(run, trained, split, images, plain, accelerator), {}
+        both, width = measure(run, trained, split, images, _Both(plain, used), accelerator), plain.width
+        best, calibrated = (EvalResult(part, both.labels) for part in np.split(both.outcomes, [width], axis=1))
+        return best, {"calibrated": (calibrated, f"calibrated: the best model with its {divided}")}
+    best = measure(run, trained, split, images, plain, accelerator)
+    found = measure(run, augmented, split, images, used, accelerator)
+    names = [*(trained.tta if tta is None else tta)]
+    right, right_with = plain.correct(best), used.correct(found)
+    result = TtaResult(
+        tta=names,
+        split=split,
+        images=len(right),
+        accuracy=float(right.mean()),
+        accuracy_with_tta=float(right_with.mean()),
+        only_without=int((right & ~right_with).sum()),
+        only_with=int((right_with & ~right).sum()),
+    )
+    main_only(accelerator, lambda: write_tta(run, result))
+    name = "TTA" if used.temperature == 1 else "TTA, calibrated"
+    test = McNemar(result.only_with, result.only_without, result.images)
+    low, high = (100 * bound for bound in test.interval(0.95))
+    how = f"--tta {' --tta '.join(names)}" + (f", {divided}" if used.temperature != 1 else "")
+    note = f"{name}: the best model with {how}; accuracy {100 * test.difference:+.2f} points"
+    note += f", 95 % interval {low:+.2f} to {high:+.2f}"
+    return best, {name: (found, note)}
 
 
 def split_loader(run: Run, images: SplitDataset, processes: int, accelerator: Accelerator) -> EvaluationLoader:

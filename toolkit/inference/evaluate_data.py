@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from toolkit.errors import UserError
 from toolkit.evaluations import Evaluation, check_name, write_evaluation
 from toolkit.formatting import plural
 from toolkit.inference.evaluate import split_loader
+from toolkit.inference.tta import with_tta
 from toolkit.metrics import MEASURES
 from toolkit.recipe import Recipe, load_recipe
 from toolkit.recipe.data_schema import ColumnsConfig, DataConfig
@@ -82,11 +84,13 @@ def evaluate_data(
     split: str | None = None,
     name: str | None = None,
     ignore_unknown_classes: bool = False,
+    tta: Sequence[str] | None = None,
 ) -> DataEvaluation:
     """Evaluate a run's best model on a data set and write the result to the run directory. Collective.
 
     ``data``: a recipe, whose [data] is used, a folder or a table of images. ``split``: split to evaluate; None: all
-    images. ``name``: name of the folder in RUN/evaluations; None: derived from ``data``. The images are preprocessed
+    images. ``name``: name of the folder in RUN/evaluations; None: derived from ``data``. ``tta``: test-time
+    augmentation, as for :func:`toolkit.inference.tta.with_tta`. The images are preprocessed
     like the run's test images, and evaluated in batches that do not depend on the number of processes.
 
     Raises UserError if the data have classes that the model does not have, unless ``ignore_unknown_classes`` leaves
@@ -95,7 +99,7 @@ def evaluate_data(
     path = Path(data).resolve()
     name = name or "-".join(filter(None, (path.name if path.is_dir() else path.stem, split)))
     check_name(run, name, data, split)
-    trained, recipe = load_model(run.path, model=run.factory), run.recipe
+    trained, recipe = with_tta(load_model(run.path, model=run.factory), tta), run.recipe
     config, dataset, indices = open_data(recipe, trained, data, split, accelerator)
     indices, labels, unknown = match_classes(dataset, indices, trained, data, ignore=ignore_unknown_classes)
     if dataset.is_multi_label:

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from toolkit.errors import RunFailed, UserError, first_line, missing_package
 from toolkit.inference.evaluate import load_last_model, split_images
 from toolkit.inference.timm_config import fits_timm, timm_config, transform_note
+from toolkit.inference.tta import with_tta
 from toolkit.models.build import build_model
 from toolkit.models.lora import frozen_hash, is_lora, without_base
 from toolkit.models.neighbors import uses_neighbors
@@ -78,11 +79,15 @@ class ExportResult:
         return {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
 
 
-def export(path: Path, name: str, folder: Path | None = None, epoch: str = "best") -> ExportResult:
+def export(
+    path: Path, name: str, folder: Path | None = None, epoch: str = "best", tta: Sequence[str] | None = None
+) -> ExportResult:
     """Export the model of a run (or of an exported folder) in one of :data:`FORMATS` to a new folder.
 
     ``epoch`` is "best" for the selected epoch, or "last" for the last one trained. ``folder`` must be new or empty;
-    the default is ``path/export/name`` (``path/export/name-last``), which replaces an earlier export.
+    the default is ``path/export/name`` (``path/export/name-last``), which replaces an earlier export. ``tta``: as for
+    :func:`toolkit.inference.tta.with_tta`; the formats ``safetensors`` and ``lora`` store the names of its views, and
+    ``timm`` cannot contain it.
 
     Raises UserError for an unknown format or epoch, missing packages, an existing folder, a model that the format
     cannot represent, or a missing checkpoint of the last epoch; RunFailed if the exported model computes different
@@ -97,12 +102,21 @@ def export(path: Path, name: str, folder: Path | None = None, epoch: str = "best
     if epoch == "last":
         _load_last(path, trained)
         trained = replace(trained, task=replace(trained.task, temperature=1.0))  # chosen for the best epoch
-    inputs, images = images_to_compare(path, trained)
+    trained = replace(trained, tta=_chosen_tta(trained, tta, name))
+    inputs, images = images_to_compare(path, with_tta(trained))
     target = folder or path / "export" / (name if epoch == "best" else f"{name}-{epoch}")
     with new_folder(target, replace=folder is None) as unfinished:
         difference = write_checked(chosen, trained, unfinished, inputs, name)
     notes = [note for note in (trained.caution, transform_note(trained, target) if name == "timm" else None) if note]
     return ExportResult(target, difference, images, notes)
+
+
+def _chosen_tta(trained: TrainedModel, tta: Sequence[str] | None, name: str) -> tuple[str, ...]:
+    """Return the test-time augmentation of the exported model. Raises UserError if the format cannot contain it."""
+    chosen = trained.tta if tta is None else () if [*tta] == ["none"] else tuple(tta)
+    if chosen and name == "timm":
+        raise UserError("--format timm cannot contain test-time augmentation: use another format, or add --tta none")
+    return chosen
 
 
 def _load_last(path: Path, trained: TrainedModel) -> None:
@@ -126,7 +140,7 @@ def write_checked(chosen: ExportFormat, trained: TrainedModel, folder: Path, inp
             raise
         except Exception as error:  # exporters raise exceptions of any type
             raise RunFailed(f"{trained.table.name} cannot be exported as {name}: {first_line(_root(error))}") from error
-        difference = _difference(trained, compute, inputs)
+        difference = _difference(_to_export(trained), compute, inputs)
     if not difference <= LIMIT:  # also true for NaN
         raise RunFailed(
             f"{trained.table.name} as {name} computes different outputs: logits differ by up to {difference:.2e}, more "
@@ -206,9 +220,8 @@ def _noise(trained: TrainedModel) -> Tensor:
 
 
 @torch.inference_mode()
-def _difference(trained: TrainedModel, compute: Compute, inputs: Tensor) -> float:
+def _difference(expected: nn.Module, compute: Compute, inputs: Tensor) -> float:
     """Return the largest absolute difference of a logit between two models, over batches of several sizes."""
-    expected = Calibrated(trained)
     found = [(expected(part) - compute(part)).abs().max() for part in inputs.split(list(BATCHES))]
     return float(torch.stack(found).max())
 
@@ -240,6 +253,9 @@ def preprocessing_card(trained: TrainedModel, name: str) -> dict[str, Any]:
 
     ``name``: the export format.
     """
+    is_stored = name in ("safetensors", "lora")
+    tta = list(trained.tta)
+    trained = trained if is_stored else with_tta(trained)
     wanted, task = trained.preprocessing, trained.task.to_dict()
     if trained.task.decision_thresholds is not None:
         task["thresholds"] = trained.task.decision_thresholds.tolist()
@@ -258,6 +274,7 @@ def preprocessing_card(trained: TrainedModel, name: str) -> dict[str, Any]:
         "classes": trained.classes,
         "task": task,
         "probabilities": PROBABILITIES[trained.task.kind],
+        **({"test_time_augmentation": {"views": tta, "in_model": not is_stored}} if tta else {}),
         **({"calibration": f"{where} the temperature {temperature}"} if temperature is not None else {}),
     }
 
@@ -330,12 +347,14 @@ class Calibrated(nn.Module):
 
 
 def _to_export(trained: TrainedModel) -> nn.Module:
-    return trained.module if trained.task.temperature == 1 else Calibrated(trained).eval()
+    """Return the model as it predicts: with test-time augmentation, and with its temperature."""
+    used = with_tta(trained)
+    return used.module if used.task.temperature == 1 else Calibrated(used).eval()
 
 
 def _sample(trained: TrainedModel) -> Tensor:
     """Return two inputs, since exporters treat a batch size of one as a constant."""
-    return _noise(trained)[:2].clone()  # a view would be saved with its whole storage
+    return _noise(with_tta(trained))[:2].clone()  # a view would be saved with its whole storage
 
 
 def _write_safetensors(trained: TrainedModel, folder: Path) -> None:
@@ -355,6 +374,7 @@ def _model_card(trained: TrainedModel, table: ModelConfig) -> dict[str, Any]:
         trained.recipe,
         trained.train_preprocessing,
         is_knn=uses_neighbors(trained.module),
+        tta=trained.tta,
     )
 
 
@@ -379,7 +399,7 @@ def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
 
 
 def _read_safetensors(folder: Path) -> Compute:
-    return Calibrated(load_model(folder))
+    return _to_export(load_model(folder))
 
 
 def _batch() -> Any:

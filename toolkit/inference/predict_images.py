@@ -20,6 +20,7 @@ from toolkit.distributed.process import autocast_dtype
 from toolkit.errors import UserError
 from toolkit.formatting import plural
 from toolkit.inference.predict import Predictions, images_at, predict
+from toolkit.inference.tta import with_tta
 from toolkit.runs import Run
 from toolkit.training.trained_model import TrainedModel
 
@@ -93,9 +94,11 @@ def predict_images(
     top_k: int | None,
     batch_size: int | None,
     workers: int | None,
+    tta: Sequence[str] | None = None,
 ) -> list[Prediction]:
     """Predict images with a run's best model; see :meth:`toolkit.runs.Run.predict`. Collective."""
-    items, found = _predicted(run, images, top_k=top_k, batch_size=batch_size, workers=workers)
+    trained = with_tta(run.model, tta)
+    items, found = _predicted(run, trained, images, top_k=top_k, batch_size=batch_size, workers=workers)
     _report_failures(found)
     return list(_records(items, found))
 
@@ -104,7 +107,7 @@ def embed_images(
     run: Run, images: ImageInput | Iterable[ImageInput], *, batch_size: int | None, workers: int | None
 ) -> npt.NDArray[np.float32]:
     """Return the features of images; see :meth:`toolkit.runs.Run.embed`. Collective."""
-    _, found = _predicted(run, images, top_k=1, batch_size=batch_size, workers=workers, with_features=True)
+    _, found = _predicted(run, run.model, images, top_k=1, batch_size=batch_size, workers=workers, with_features=True)
     _report_failures(found)
     assert found.features is not None
     found.features[[file.position for file in found.failed]] = np.nan
@@ -113,6 +116,7 @@ def embed_images(
 
 def _predicted(
     run: Run,
+    trained: TrainedModel,
     images: ImageInput | Iterable[ImageInput],
     *,
     top_k: int | None,
@@ -127,7 +131,7 @@ def _predicted(
     items = list(_expanded(images))
     if not items:
         raise UserError("no images given: specify paths, folders, PIL images or uint8 arrays [h, w, C]")
-    trained, train = run.model, run.recipe.train
+    train = run.recipe.train
     given = GivenImages(trained, items)
     with distributed_context(train) as accelerator:
         found = predict(

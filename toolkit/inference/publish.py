@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,6 +17,7 @@ from toolkit.data.dataset_info import info_of, page_of
 from toolkit.errors import RunFailed, UserError, first_line
 from toolkit.inference.export import FORMATS, images_to_compare, new_folder, portable, write_checked
 from toolkit.inference.timm_config import fits_timm
+from toolkit.inference.tta import with_tta
 from toolkit.metrics import MEASURES, measures_of
 from toolkit.models.pretrained import is_file_reference
 from toolkit.plugins import find
@@ -65,7 +66,9 @@ def publish(path: Path, repo: str, folder: Path | None, *, license_id: str, priv
     trained, recipe, summary = load_model(path), run.recipe, run.summary
     name = "timm" if fits_timm(trained) else "safetensors"
     check_recipe(run)
-    inputs, _ = images_to_compare(path, trained)
+    if name == "timm":
+        trained = replace(trained, tta=())  # timm's models cannot contain it
+    inputs, _ = images_to_compare(path, with_tta(trained))
     target = folder or run.path / "publish"
     with new_folder(target, replace=folder is None) as unfinished:
         write_checked(FORMATS[name], trained, unfinished, inputs, name)

@@ -26,6 +26,7 @@ from toolkit.report.prediction_metrics import Calibration, Counts, RunPrediction
 from toolkit.run_directory import PREDICTION_COLUMNS
 from toolkit.runs import Run
 from toolkit.training.lr_schedule import epoch_rank
+from toolkit.tta import TtaResult, read_tta
 
 T = TypeVar("T")
 Record = dict[str, Any]
@@ -116,6 +117,8 @@ class RunData:
     effect: FilterEffect | None = None
     scaling: TemperatureScaling | None = None
     """Temperature scaling of the model; None if it is not calibrated."""
+    tta: list[TtaResult] = field(default_factory=list)
+    """Accuracies without and with test-time augmentation."""
     evaluations: list[Evaluation] = field(default_factory=list)
     """Evaluations of the best model on other data sets."""
     missing: list[str] = field(default_factory=list)
@@ -252,6 +255,7 @@ def load_run_data(run: Run) -> RunData:
         else:
             data.predictions = data.try_load("predictions", lambda: read_predictions(run, data.classes))
     data.scaling = data.try_load("calibration", lambda: read_calibration(run))
+    data.tta = data.try_load("test-time augmentation", lambda: read_tta(run)) or []
     for name in evaluation_names(run):
         found = data.try_load(f"evaluation {name}", lambda name=name: read_evaluation(run, name))  # type: ignore[misc]
         data.evaluations += [] if found is None else [found]

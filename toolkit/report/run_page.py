@@ -46,6 +46,8 @@ from toolkit.report.prediction_metrics import (
 )
 from toolkit.report.recipe_table import environment_table, recipe_table
 from toolkit.report.run_data import Record, RunData
+from toolkit.study.significance import McNemar
+from toolkit.tta import TtaResult
 
 MAX_CONFUSIONS = 300
 """Maximum number of confused pairs of classes in the table."""
@@ -81,6 +83,7 @@ def write_run_page(path: Path, data: RunData, svg: Mapping[str, str], files: Seq
         by_value=tables_by_value(found or several),
         confusions=_confusions(found) if found else error_table(several) if several else None,
         calibration_text=_calibration_text(data.calibration) if data.calibration else "",
+        tta=_tta(data.tta),
         scaling=_scaling(data.scaling) if data.scaling else None,
         svg={name: Markup(text) for name, text in svg.items()},
         recipe=recipe_table(data.recipe, data.origins) if data.recipe else None,
@@ -324,6 +327,27 @@ def _scaling(found: TemperatureScaling) -> HtmlTable:
         for state, each in (("before", measured.before), ("after", measured.after))
     ]
     return HtmlTable(["images", "temperature scaling", "NLL (nats)", "expected calibration error"], rows, (2, 3))
+
+
+def _tta(found: Sequence[TtaResult]) -> HtmlTable:
+    """Return a table of the accuracies without and with test-time augmentation, with McNemar's test."""
+    rows = []
+    for each in found:
+        test = McNemar(each.only_with, each.only_without, each.images)
+        low, high = test.interval(0.95)
+        interval = f"{100 * test.difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+        cells = [share(each.accuracy), share(each.accuracy_with_tta), HtmlCell(interval), HtmlCell(f"{test.p:.3g}")]
+        rows.append(HtmlRow([code(" ".join(each.tta)), HtmlCell(each.split), integer(each.images), *cells]))
+    head = [
+        "augmentation",
+        "images of",
+        "images",
+        "accuracy without",
+        "with",
+        "difference, 95 % interval (points)",
+        "p",
+    ]
+    return HtmlTable(head, rows, range(2, len(head)))
 
 
 def _calibration_text(found: Calibration) -> str:

@@ -172,6 +172,11 @@ class SingleLabel:
         """Return the predicted classes, [N]."""
         return result.outcomes[:, 1].astype(np.int64)
 
+    def correct(self, result: EvalResult) -> npt.NDArray[np.bool_]:
+        """Return whether each prediction is correct, [N]."""
+        found: npt.NDArray[np.bool_] = self.predictions(result) == result.labels
+        return found
+
     def metrics(self, result: EvalResult, prefix: str) -> dict[str, float]:
         """Return the metrics of :data:`toolkit.metrics.MEASURES`, each name prefixed (e.g. with ``val/``)."""
         in_top5 = result.outcomes[:, 3].astype(bool)
@@ -275,6 +280,11 @@ class MultiLabel:
     def predictions(self, result: EvalResult) -> npt.NDArray[np.bool_]:
         """Return the predicted labels, bool [N, K]."""
         found: npt.NDArray[np.bool_] = result.outcomes[:, 1:] >= self.decision_thresholds
+        return found
+
+    def correct(self, result: EvalResult) -> npt.NDArray[np.bool_]:
+        """Return whether all labels of each example are predicted correctly, [N]."""
+        found: npt.NDArray[np.bool_] = (self.predictions(result) == result.labels).all(1)
         return found
 
     def metrics(self, result: EvalResult, prefix: str) -> dict[str, float]:

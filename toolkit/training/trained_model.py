@@ -79,6 +79,7 @@ class _Card(Shape):
     frozen_sha256: str | None = None
     head: Literal["knn"] | None = None
     wise: float | None = Field(None, ge=0, le=1)
+    tta: list[str] = Field([])
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class TrainedModel:
     """Note if the file of the model's plugin has changed since the model was trained."""
     heads: tuple[str, ...] = ()
     """Dotted names of the last layers of ``module``; more than one only for distilled transformers."""
+    tta: tuple[str, ...] = ()
+    """Test-time augmentation to apply (:func:`toolkit.inference.tta.with_tta`); ``module`` is without it."""
 
     @property
     def train_size(self) -> Size:
@@ -141,11 +144,12 @@ def model_card(
     train_preprocessing: Preprocessing | None = None,
     *,
     is_knn: bool = False,
+    tta: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the content of model.json, stored next to best.safetensors.
 
     ``train_preprocessing`` is included if it differs from ``preprocessing``. ``is_knn``: whether the head is
-    :class:`~toolkit.models.neighbors.NearestNeighbors`.
+    :class:`~toolkit.models.neighbors.NearestNeighbors`. ``tta``: test-time augmentation, if any.
     """
     differs = train_preprocessing != preprocessing
     return {
@@ -160,6 +164,7 @@ def model_card(
         "preprocessing": preprocessing.to_dict(),
         **({"train_preprocessing": train_preprocessing.to_dict()} if train_preprocessing and differs else {}),
         "transforms": [entry.model_dump(mode="json", exclude_none=True) for entry in transforms],
+        **({"tta": list(tta)} if tta else {}),
     }
 
 
@@ -212,8 +217,9 @@ def load_model(path: str | os.PathLike[str], *, model: Object | None = None) -> 
     _check_finished(folder, weights, classes)
     module = built.module.eval()
     return TrainedModel(
-        module, preprocessing, transforms, classes, task, table, recipe, weights, in_training, plugin_note, built.heads
-    )
+        module, preprocessing, transforms, classes, task, table, recipe, weights, in_training, plugin_note, built.heads,
+        tuple(card.get("tta", ())),
+    )  # fmt: skip
 
 
 def _prepare_plugin(
