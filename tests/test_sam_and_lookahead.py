@@ -1,4 +1,4 @@
-"""SAM, Lookahead and Muon: compared with their formulas, resumed, and combined."""
+"""SAM, Lookahead, Schedule-Free and Muon: compared with their formulas, resumed, and combined."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from toolkit.models.keyed_dropout import DropoutKeys, KeyedDropout, key_dropout_
 from toolkit.recipe import load_recipe
 from toolkit.recipe.schema import AugmentConfig, OptimizerConfig, TrainConfig
 from toolkit.training.checkpoint import find_latest, load_checkpoint, load_weights
-from toolkit.training.ema import Lookahead
+from toolkit.training.ema import Lookahead, ScheduleFree
 from toolkit.training.fit import fit
 from toolkit.training.losses import training_loss
 from toolkit.training.optimizer import build_optimizer
@@ -224,6 +224,34 @@ def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw() -> None:
         torch.testing.assert_close(found.get_parameter(name), value, rtol=1e-2, atol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_schedule_free_follows_the_paper(warmup: int) -> None:
+    """Defazio et al. 2024, equations 2 to 4, with gradient steps; in the warm-up, weights as in the paper's code."""
+    found, beta = network(), 0.9
+    average = ScheduleFree(found, beta)
+    z = [p.detach().clone() for p in found.parameters()]
+    x, total = [value.clone() for value in z], 0.0
+    optimizer = torch.optim.SGD(found.parameters(), lr=0.1)
+    for step in range(1, 12):
+        lr = 0.1 * min(1.0, step / warmup) if warmup else 0.1
+        optimizer.param_groups[0]["lr"] = lr
+        for parameter, one, other in zip(found.parameters(), x, z, strict=True):
+            torch.testing.assert_close(parameter.detach(), (1 - beta) * other + beta * one)
+        inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        found(inputs).square().mean().backward()
+        gradients = [p.grad.clone() for p in found.parameters() if p.grad is not None]
+        average.before_step(found, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(found, step)
+        total += lr**2
+        z = [value - lr * gradient for value, gradient in zip(z, gradients, strict=True)]
+        x = [(1 - lr**2 / total) * one + lr**2 / total * other for one, other in zip(x, z, strict=True)]
+    with average.swapped_in(found):
+        for parameter, value in zip(found.parameters(), x, strict=True):
+            torch.testing.assert_close(parameter.detach(), value)
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 COMBINATIONS = [
@@ -231,6 +259,11 @@ COMBINATIONS = [
         STATEFUL,
         ('optimizer={name="muon", lr=0.01, sam=0.5, sam_adaptive=true, lookahead=4}', "train.grad_accum_steps=2"),
         id="Muon, ASAM and Lookahead",
+    ),
+    pytest.param(
+        STATEFUL,
+        ('optimizer={name="sgd", lr=0.05, momentum=0.0, schedule_free=0.9}', 'scheduler={name="constant"}'),
+        id="Schedule-Free",
     ),
     pytest.param(STATEFUL, ("optimizer.sam=0.05", "train.ema=0.9"), id="SAM and EMA", marks=pytest.mark.extended),
     pytest.param(

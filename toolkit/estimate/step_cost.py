@@ -47,7 +47,7 @@ class Memory:
     gradients: int
     optimizer: int
     average: int
-    """Average of the weights (train.ema, train.swa_start, optimizer.lookahead)."""
+    """Average of the weights (train.ema, train.swa_start, optimizer.lookahead, optimizer.schedule_free)."""
     start: int
     """Pretrained parameters before training (transfer.l2_sp)."""
     sam: int
@@ -148,12 +148,19 @@ def measure_memory(recipe: Recipe, built: ModelBundle, step: StepCost, shape: tu
         weights=_nbytes([*parameters, *built.module.buffers()]),
         gradients=trainable,
         optimizer=optimizer_bytes(recipe.optimizer, param_groups(built, recipe.transfer, recipe.optimizer)),
-        average=trainable if recipe.train.ema or recipe.train.swa_start or recipe.optimizer.lookahead else 0,
+        average=trainable * _average_copies(recipe),
         start=_nbytes(pretrained) if recipe.transfer.l2_sp else 0,
         sam=trainable if recipe.optimizer.sam else 0,
         activations=step.activations,
         images=4 * shape[0] * shape[1] * shape[2] * shape[3],
     )
+
+
+def _average_copies(recipe: Recipe) -> int:
+    """Return the number of copies of the trainable weights that an average of them takes."""
+    if recipe.optimizer.schedule_free:
+        return 2
+    return int(bool(recipe.train.ema or recipe.train.swa_start or recipe.optimizer.lookahead))
 
 
 def optimizer_bytes(table: OptimizerConfig, groups: list[dict[str, Any]]) -> int:

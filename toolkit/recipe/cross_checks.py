@@ -119,6 +119,7 @@ def fitted_head(recipe: Recipe) -> Iterator[Issue]:
         "train.swa_start": (train.swa_start is not None, "there are no steps to average over"),
         "optimizer.sam": (recipe.optimizer.sam is not None, "the optimizer takes no steps"),
         "optimizer.lookahead": (recipe.optimizer.lookahead is not None, "the optimizer takes no steps"),
+        "optimizer.schedule_free": (recipe.optimizer.schedule_free is not None, "the optimizer takes no steps"),
         "augment.label_smoothing": (augment.label_smoothing > 0, "labels are not smoothed"),
         "augment.mixup": (augment.mixup > 0, "features of mixed images cannot be computed once"),
         "augment.cutmix": (augment.cutmix > 0, "features of mixed images cannot be computed once"),
@@ -275,6 +276,31 @@ def optimizer(recipe: Recipe) -> Iterator[Issue]:
     if table.lookahead is not None and recipe.train.ema is not None:
         text = "cannot be combined with train.ema: each determines the weights that are evaluated and saved"
         yield error("optimizer.lookahead", text, "train.ema", hint="remove one of them", at="key")
+    if table.schedule_free is not None:
+        yield from _schedule_free(recipe)
+
+
+def _schedule_free(recipe: Recipe) -> Iterator[Issue]:
+    """Check that nothing else averages the weights, decays the learning rate or has momentum."""
+    table, train, key = recipe.optimizer, recipe.train, "optimizer.schedule_free"
+    others = {"train.ema": train.ema, "train.swa_start": train.swa_start, "optimizer.lookahead": table.lookahead}
+    for other, value in others.items():
+        if value is not None:
+            text = f"cannot be combined with {other}: each determines the weights that are evaluated and saved"
+            yield error(key, text, other, hint="remove one of them", at="key")
+    if recipe.scheduler.name != "constant":
+        text = f"replaces the decay of the learning rate, but scheduler.name is {toml_value(recipe.scheduler.name)}"
+        yield error(key, text, "scheduler.name", hint='set scheduler.name = "constant", with warmup_epochs', at="key")
+    if train.virtual_processes is not None:
+        text = "cannot be combined with virtual_processes, which do not compute batch norm statistics again"
+        yield error(key, text, "train.virtual_processes", at="key")
+    betas = table.args.get("betas", [0.9])
+    if table.momentum:
+        text = f"replaces momentum, but optimizer.momentum is {table.momentum:g}"
+        yield error(key, text, "optimizer.momentum", hint="set momentum = 0", at="key")
+    elif table.name in ("adam", "adamw") and isinstance(betas, list) and betas[0]:
+        text = f"replaces momentum, but the first of {table.name}'s betas is {betas[0]:g}"
+        yield error(key, text, "optimizer.args", hint="set args = { betas = [0.0, 0.999] }", at="key")
 
 
 def scheduler(recipe: Recipe) -> Iterator[Issue]:

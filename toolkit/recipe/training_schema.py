@@ -100,6 +100,14 @@ class OptimizerConfig(ConfigModel):
         json_schema_extra=STEPS,
     )
     lookahead_alpha: float = Field(0.5, gt=0, le=1, description="Step size of Lookahead's slow weights.")
+    schedule_free: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Schedule-Free learning (Defazio et al. 2024, arXiv:2405.15682): gradients are computed between "
+        "the weights of the optimizer and their average, at this share of the average, e.g. 0.9. The average is "
+        "evaluated and saved. It replaces momentum and the decay of the learning rate.",
+    )
 
 
 class SchedulerConfig(ConfigModel):

@@ -264,9 +264,10 @@ def _steps(table: OptimizerConfig, settings: Sequence[tuple[float, float]]) -> s
 
 
 def _around_steps(table: OptimizerConfig) -> Hashable:
-    """Return the settings of what surrounds the optimizer's steps: SAM and Lookahead."""
+    """Return the settings of what surrounds the optimizer's steps: SAM, Lookahead and Schedule-Free."""
     sam = None if table.sam is None else (table.sam, table.sam_adaptive)
-    return sam, None if table.lookahead is None else (table.lookahead, table.lookahead_alpha)
+    lookahead = None if table.lookahead is None else (table.lookahead, table.lookahead_alpha)
+    return sam, lookahead, table.schedule_free
 
 
 # -- schedule ---------------------------------------------------------------------------------------------------------

@@ -11,20 +11,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit.distributed.batchnorm import average_statistics, recomputed_statistics, set_replicated
 from toolkit.distributed.process import autocast_dtype, gather_objects
-from toolkit.training.ema import Swa
 from toolkit.training.evaluation import to_device
 
 if TYPE_CHECKING:
     from toolkit.training.trainer import Trainer
 
 
-def update_swa_statistics(trainer: Trainer, epoch: int) -> None:
-    """Compute the batch norm statistics of the averaged weights of SWA after ``epoch``, from 0 (a collective).
+def update_average_statistics(trainer: Trainer, epoch: int) -> None:
+    """Compute the batch norm statistics of the averaged weights after ``epoch``, from 0, if they need own ones.
 
-    Only those of layers that normalize by the batch in training. Raises StopTraining on request.
+    A collective. Only those of layers that normalize by the batch in training. Raises StopTraining on request.
     """
     average, network = trainer.train_step.average, trainer.train_step.network
-    if not isinstance(average, Swa) or not average.is_evaluated:
+    if average is None or not average.has_own_statistics or not average.is_evaluated:
         return
     trainer.setup.transfer.train_mode()
     layers = {

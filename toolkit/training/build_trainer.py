@@ -17,7 +17,7 @@ from toolkit.models.transfer import param_groups
 from toolkit.plugins import PREFIX
 from toolkit.similar_names import did_you_mean
 from toolkit.training.context import TrainingContext
-from toolkit.training.ema import Lookahead, ModelEma, Swa, WeightAverage
+from toolkit.training.ema import Lookahead, ModelEma, ScheduleFree, Swa, WeightAverage
 from toolkit.training.loaders import DataLoaders
 from toolkit.training.losses import Loss, check_loss, plugin_loss
 from toolkit.training.optimizer import build_optimizer
@@ -91,6 +91,8 @@ def _weight_average(setup: TrainingContext, network: nn.Module, settings: TrainS
         return Swa(network, train.swa_start - first, per_epoch, setup.length.steps - first * per_epoch)
     if optimizer.lookahead is not None:
         return Lookahead(network, optimizer.lookahead, optimizer.lookahead_alpha)
+    if optimizer.schedule_free is not None:
+        return ScheduleFree(network, optimizer.schedule_free)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Averages of the weights that are swapped into the model for evaluation: EMA and Lookahead.
+"""Averages of the weights that are swapped into the model for evaluation: EMA, SWA, Lookahead, Schedule-Free.
 
 Exponential moving average (EMA): Polyak & Juditsky 1992. By default its decay is warmed up with the number of updates,
 so that the random initial weights soon stop contributing, as in timm's ModelEmaV3 with ``use_warmup``.
@@ -71,6 +71,9 @@ def short_run_warning(train: TrainConfig, steps: int) -> str | None:
 class WeightAverage(ABC):
     """Average of every trainable parameter. Buffers are not averaged: batch norm statistics already are averages."""
 
+    has_own_statistics = False
+    """Whether batch norm statistics are computed for the averages, by a pass over the training images."""
+
     def __init__(self, module: nn.Module) -> None:
         self.averages: dict[str, Tensor] = {}
         self.follow(module)
@@ -86,6 +89,9 @@ class WeightAverage(ABC):
             if parameter.requires_grad and name not in self.averages:
                 self.averages[name] = parameter.detach().clone()
 
+    def before_step(self, module: nn.Module, lr: float) -> None:  # noqa: B027
+        """Prepare ``module`` for an optimizer step with learning rate ``lr``."""
+
     @abstractmethod
     def update(self, module: nn.Module, step: int) -> None:
         """Update the averages after optimizer step ``step`` of the run, counted from 1."""
@@ -94,6 +100,14 @@ class WeightAverage(ABC):
         """Return the module's parameters in the order of ``averages``."""
         current = dict(module.named_parameters())
         return [current[name] for name in self.averages]
+
+    def keep_statistics(self, module: nn.Module, layers: Iterable[str]) -> None:
+        """Hold own buffers of the batch norm layers of these names, which are swapped in with the weights."""
+        for layer in layers:
+            for name, buffer in module.get_submodule(layer).named_buffers(recurse=False):
+                full = f"{layer}.{name}" if layer else name
+                if full not in self.averages:
+                    self.averages[full] = buffer.clone()
 
     @contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
@@ -156,6 +170,8 @@ class Swa(WeightAverage):
     Also holds the batch norm statistics of the averaged weights, which :meth:`keep_statistics` adds.
     """
 
+    has_own_statistics = True
+
     def __init__(self, module: nn.Module, start: int, steps_per_epoch: int, last_step: int) -> None:
         """``start``: number of the first averaged epoch, from 1. ``last_step``: the last one of the run."""
         super().__init__(module)
@@ -180,10 +196,45 @@ class Swa(WeightAverage):
         torch._foreach_lerp_(averages, [weights[name] for name in names], 1 / (self.count + 1))
         self.count += 1
 
-    def keep_statistics(self, module: nn.Module, layers: Iterable[str]) -> None:
-        """Hold own buffers of the batch norm layers of these names, which are swapped in with the weights."""
-        for layer in layers:
-            for name, buffer in module.get_submodule(layer).named_buffers(recurse=False):
-                full = f"{layer}.{name}" if layer else name
-                if full not in self.averages:
-                    self.averages[full] = buffer.clone()
+
+class ScheduleFree(WeightAverage):
+    """Schedule-Free learning (Defazio et al. 2024, arXiv:2405.15682, equations 2 to 4) around any optimizer.
+
+    ``averages`` are x, ``base`` are the weights z that the optimizer changes, and between two steps the module has
+    y = (1 - beta) z + beta x, where gradients are computed. In the warm-up, step t has a weight in x that is
+    proportional to the square of its learning rate, as in the paper's code.
+    """
+
+    has_own_statistics = True
+
+    def __init__(self, module: nn.Module, beta: float) -> None:
+        self.base: dict[str, Tensor] = {}
+        super().__init__(module)
+        self.beta, self.squared_lr, self.sum_of_squares = beta, 0.0, 0.0
+
+    def follow(self, module: nn.Module) -> None:
+        """Start averaging parameters that have become trainable."""
+        super().follow(module)
+        for name, _ in module.named_parameters():
+            if name in self.averages and name not in self.base:
+                self.base[name] = self.averages[name].clone()
+
+    @torch.no_grad()
+    def before_step(self, module: nn.Module, lr: float) -> None:
+        """Set the weights to z; their gradients remain those at y."""
+        self.squared_lr = lr**2
+        torch._foreach_copy_(self._parameters(module), list(self.base.values()))
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """After each step: z = weight, x += c (z - x) with c the step's share of all weights, and weight = y."""
+        self.sum_of_squares += self.squared_lr
+        share = self.squared_lr / self.sum_of_squares if self.sum_of_squares else 1.0
+        weights, averages = self._parameters(module), [self.averages[name] for name in self.base]
+        torch._foreach_copy_(list(self.base.values()), weights)
+        torch._foreach_lerp_(averages, weights, share)
+        torch._foreach_lerp_(weights, averages, self.beta)
+
+    def _parameters(self, module: nn.Module) -> list[Tensor]:
+        current = dict(module.named_parameters())
+        return [current[name] for name in self.base]

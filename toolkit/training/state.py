@@ -15,7 +15,7 @@ from toolkit.distributed.batchnorm import local_statistics, restore_statistics
 from toolkit.errors import UserError
 from toolkit.plugins import records
 from toolkit.recipe import recipe_hash
-from toolkit.training.ema import Swa
+from toolkit.training.ema import ScheduleFree, Swa
 from toolkit.training.optimizer import load_state
 from toolkit.training.resume import stored_recipe
 
@@ -91,6 +91,12 @@ def checkpoint_content(trainer: Trainer, processes: list[dict[str, Any]]) -> dic
         if step.average is None or not step.average.is_evaluated
         else {_prefix(trainer) + name: v for name, v in step.average.averages.items()},
         "averaged_models": step.average.count if isinstance(step.average, Swa) else None,
+        "schedule_free": {
+            "base": {_prefix(trainer) + name: value for name, value in step.average.base.items()},
+            "sum_of_squares": step.average.sum_of_squares,
+        }
+        if isinstance(step.average, ScheduleFree)
+        else None,
         "optimizer": step.optimizer.state_dict(),
         "scaler": {} if scaler is None else scaler.state_dict(),
         "random": [each["random"] for each in processes],
@@ -163,6 +169,10 @@ def restore_rest(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
                 averages[name] = value.to(device, copy=True)
     if isinstance(step.average, Swa):
         step.average.count = checkpoint.get("averaged_models") or 0
+    if isinstance(step.average, ScheduleFree):
+        step.average.sum_of_squares = checkpoint["schedule_free"]["sum_of_squares"]
+        for name, value in checkpoint["schedule_free"]["base"].items():
+            step.average.base[name.removeprefix(_prefix(trainer))].copy_(value)
     if accelerator.scaler is not None and checkpoint["scaler"]:
         accelerator.scaler.load_state_dict(checkpoint["scaler"])
     if len(checkpoint["random"]) == accelerator.num_processes:

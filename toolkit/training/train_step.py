@@ -297,6 +297,8 @@ class TrainStep:
         if self.settings.max_grad_norm is not None:
             parameters = [p for p in self.network.parameters() if p.requires_grad]
             self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        if self.average is not None:
+            self.average.before_step(self.network, self.optimizer.param_groups[0]["lr"])
         try:
             self.optimizer.step()
         except RuntimeError as error:

@@ -28,7 +28,7 @@ from toolkit.models.pretrained import pack_state
 from toolkit.runs import Run
 from toolkit.trackers import Tracking
 from toolkit.training.accum_steps import settle_accum_steps
-from toolkit.training.batch_norm_statistics import update_swa_statistics
+from toolkit.training.batch_norm_statistics import update_average_statistics
 from toolkit.training.build_trainer import build_train_step, place_model, unfreeze
 from toolkit.training.checkpoint import CheckpointStep, first_not_finite, load_weights
 from toolkit.training.console import ProgressBar, epoch_line
@@ -186,7 +186,7 @@ class Trainer:
             "train/accuracy": accuracy,
         }
         try:
-            update_swa_statistics(self, epoch)
+            update_average_statistics(self, epoch)
             if self.setup.has("validation"):
                 validated = self.evaluate("validation")
                 record |= self.setup.task.with_thresholds_of(validated).metrics(validated, "val/")
