@@ -72,7 +72,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         LOGISTIC,
     ),
     (
-        "error: transfer.C: several values need validation images",
+        "error: transfer.C: choosing among several values needs validation images",
         [*LOGISTIC, "data.split.validation=0", 'train.best_metric="last"'],
         [*LOGISTIC, "data.split.validation=0", 'train.best_metric="last"', "transfer.C=[1.0]"],
     ),
@@ -87,7 +87,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         [*KNN, "transfer.k=[5]"],
     ),
     (
-        "error: transfer.k: several values need validation images",
+        "error: transfer.k: choosing among several values needs validation images",
         [*KNN, "data.split.validation=0", 'train.best_metric="last"'],
         [*KNN, "data.split.validation=0", 'train.best_metric="last"', "transfer.k=[5]"],
     ),
@@ -333,7 +333,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['transfer.mode="lp_ft"', "transfer.probe_epochs=5"],
     ),
     (
-        "error: transfer.probe_epochs: 30 epochs leave none",
+        "error: transfer.probe_epochs: a probe of 30 epochs leaves none",
         ['transfer.mode="lp_ft"', "transfer.probe_epochs=30"],
         ['transfer.mode="lp_ft"', "transfer.probe_epochs=29"],
     ),
@@ -356,7 +356,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ['transfer.mode="lp_ft"', "transfer.probe_epochs=3", "train.virtual_processes=4"],
     ),
     (
-        "error: transfer.wise: several values need a validation metric",
+        "error: transfer.wise: choosing among several values needs a validation metric",
         ["transfer.wise=[0.5,1]", 'transfer.mode="lp_ft"', "transfer.probe_epochs=3", 'train.best_metric="last"'],
         ["transfer.wise=[0.5]", 'transfer.mode="lp_ft"', "transfer.probe_epochs=3", 'train.best_metric="last"'],
     ),

@@ -158,11 +158,11 @@ def test_swa_start_beyond_the_steps_of_a_run_is_refused_before_training(tmp_path
         (["train.virtual_processes=2"], "train.swa_start: cannot be combined with virtual_processes"),
         (
             ['transfer.mode="gradual"', "transfer.unfreeze_at=[2,4]"],
-            "train.swa_start: epoch 3 is before epoch 4, from which on all layers are trained",
+            "train.swa_start: epoch 3 is before epoch 4, in which the last layer group is unfrozen",
         ),
         (
             ['transfer.mode="lp_ft"', "transfer.probe_epochs=3"],
-            "train.swa_start: epoch 3 is in the probe of 3 epochs, which does not train all weights",
+            "train.swa_start: epoch 3 is in the probe of 3 epochs, in which only the head is trained",
         ),
         (
             ['transfer.mode="logistic"', "train.epochs=1", "train.swa_start=1"],

@@ -22,7 +22,7 @@ def augment(recipe: Recipe) -> Iterator[Issue]:
         text = f"all {table.repeats} versions of an image in a batch would be the same fixed view"
         yield error("augment.repeats", text, "data.fixed_views", hint="remove one of the two")
     elif table.repeats > 1 and not is_random("train", table):
-        text = f"repeats the same image {table.repeats} times, since training images are not augmented randomly"
+        text = f"repeats identical images {table.repeats} times, because training images are not augmented randomly"
         yield warning("augment.repeats", text, "augment.train", at="key")
     if table.alternating_flip:
         yield from _alternating_flip(recipe)
@@ -43,9 +43,9 @@ def _alternating_flip(recipe: Recipe) -> Iterator[Issue]:
         yield error(key, f"is applied to whole batches, which do not support {obstacle}", "augment.train")
     if recipe.train.sampling == "balanced" or table.repeats > 1:
         other = "augment.repeats" if table.repeats > 1 else "train.sampling"
-        yield error(key, f"needs each image once per epoch, which {other} changes", other)
+        yield error(key, f"needs each image exactly once per epoch, which {other} changes", other)
     if (recipe.data.fixed_views or 2) % 2:
-        text = f"needs an even number of views, because it flips every second one, not {recipe.data.fixed_views}"
+        text = f"needs an even number of views, not {recipe.data.fixed_views}, because it flips every second one"
         yield error(key, text, "data.fixed_views")
     for index, entry in enumerate(table.train):
         if entry.name == "RandomHorizontalFlip":

@@ -56,7 +56,7 @@ def transfer(recipe: Recipe) -> Iterator[Issue]:
     if table.l2_sp and weights == "none":
         text = 'needs pretrained weights, but model.weights is "none"'
         yield error("transfer.l2_sp", text, "model.weights", hint="set optimizer.weight_decay")
-    elif table.l2_sp and mode in ("linear_probe", "logistic") and not table.train:
+    elif table.l2_sp and mode in ("linear_probe", "logistic", "knn") and not table.train:
         text = f'has no effect with mode "{mode}", which trains no pretrained parameters'
         yield error("transfer.l2_sp", text, "transfer.mode", at="key")
     elif table.l2_sp and mode == "lora":
@@ -83,10 +83,10 @@ def _lp_ft(recipe: Recipe) -> Iterator[Issue]:
         hint = "for example probe_epochs = 5"
         yield error("transfer.mode", '"lp_ft" needs probe_epochs', "transfer.probe_epochs", hint=hint)
     elif epochs is not None and table.probe_epochs >= epochs:
-        text = f"{table.probe_epochs} epochs leave none of the run's {epochs:g} for fine-tuning"
+        text = f"a probe of {table.probe_epochs} epochs leaves none of the run's {epochs:g} epochs for fine-tuning"
         yield error("transfer.probe_epochs", text, "train.epochs")
     if len(table.wise) > 1 and recipe.train.best_metric == "last":
-        text = 'several values need a validation metric to choose by, but train.best_metric is "last"'
+        text = 'choosing among several values needs a validation metric, but train.best_metric is "last"'
         yield error("transfer.wise", text, "train.best_metric", hint="give one value, such as wise = [0.5]")
     if table.wise and recipe.train.virtual_processes is not None:
         text = "is not possible with train.virtual_processes: recomputed batch norm depends on the number of processes"
@@ -100,7 +100,7 @@ def _lp_ft(recipe: Recipe) -> Iterator[Issue]:
 
 
 def fitted_head(recipe: Recipe) -> Iterator[Issue]:
-    """Check that modes "logistic" and "knn" are not combined with what their one fit on fixed features cannot do."""
+    """Check that modes "logistic" and "knn", which fit once to fixed features, are not combined with other settings."""
     table, train, augment = recipe.transfer, recipe.train, recipe.augment
     for key, modes in {"C": ("logistic",), "k": ("knn",), "refit": ("logistic", "knn")}.items():
         if table.mode not in modes and getattr(table, key) != getattr(TransferConfig(), key):
@@ -138,7 +138,7 @@ def fitted_head(recipe: Recipe) -> Iterator[Issue]:
             yield error(key, f'with transfer.mode = "{table.mode}", {reason}', "transfer.mode")
     key, example = ("C", "C = [1.0]") if table.mode == "logistic" else ("k", "k = [20]")
     if len(getattr(table, key)) > 1 and recipe.data.split.validation == 0:
-        text = "several values need validation images to choose from, but data.split.validation is 0"
+        text = "choosing among several values needs validation images, but data.split.validation is 0"
         yield error(f"transfer.{key}", text, "data.split.validation", hint=f"give one value, such as {example}")
     if table.refit and recipe.data.split.validation == 0:
         text = "has no effect without validation images: data.split.validation is 0"
@@ -319,7 +319,8 @@ def scheduler(recipe: Recipe) -> Iterator[Issue]:
         text = f"a milestone at epoch {max(table.milestones):g} has no effect in a run of {epochs:g}"
         yield warning("scheduler.milestones", text, "train.epochs", "scheduler.name")
     if table.T_0 is not None and table.name == "cosine_restarts" and table.warmup_epochs + table.T_0 >= epochs:
-        text = f"the first cycle ends at epoch {table.warmup_epochs + table.T_0:g}: no restart in a run of {epochs:g}"
+        end = table.warmup_epochs + table.T_0
+        text = f"the first cycle ends at epoch {end:g}, so that there is no restart in a run of {epochs:g}"
         yield warning("scheduler.T_0", text, "train.epochs", "scheduler.warmup_epochs", "scheduler.name")
     for key, users in SCHEDULE_KEYS.items():
         if table.name not in users and getattr(table, key) != getattr(default, key):
@@ -417,15 +418,15 @@ def distillation(recipe: Recipe) -> Iterator[Issue]:
     if not isinstance(teacher, str) and teacher.weights == "none":
         yield error("distillation.teacher.weights", '"none" is not a trained teacher', hint='for example "DEFAULT"')
     unfit = {
-        "task.kind": (recipe.task.kind != "single_label", "the soft targets are a distribution over classes"),
-        "transfer.mode": (recipe.transfer.is_fitted, f'"{mode}" uses the labels alone'),
+        "task.kind": (recipe.task.kind != "single_label", "the softmax needs exactly one class per image"),
+        "transfer.mode": (recipe.transfer.is_fitted, f'"{mode}" is fitted to the labels only'),
         "data.progressive_sizes": (bool(recipe.data.progressive_sizes), "the teacher gets images of one size"),
     }
     for key, (is_unfit, reason) in unfit.items():
         if is_unfit:
             yield error(key, f"cannot be combined with [distillation]: {reason}", "distillation.teacher")
     if not unfit["task.kind"][0] and loss != "cross_entropy" and not loss.startswith(PREFIX):
-        text = f"{toml_value(loss)} cannot be combined with [distillation], whose soft targets are for a softmax"
+        text = f"{toml_value(loss)} cannot be combined with [distillation], which needs a softmax"
         yield error("train.loss", text, "distillation.teacher", hint='set train.loss = "cross_entropy"')
 
 
@@ -448,13 +449,13 @@ def averages(recipe: Recipe) -> Iterator[Issue]:
         hint = f"for example swa_start = {ceil(train.epochs * 3 / 4)}: three quarters of the run"
         yield error("train.swa_start", text, "train.epochs", hint=hint)
     if train.virtual_processes is not None:
-        text = "cannot be combined with virtual_processes, which do not compute batch norm statistics again"
+        text = "cannot be combined with virtual_processes, which cannot recompute batch norm statistics"
         yield error("train.swa_start", text, "train.virtual_processes", at="key")
     if (probe := recipe.transfer.epochs_of_probe) >= start:
-        text = f"epoch {start} is in the probe of {probe} epochs, which does not train all weights"
+        text = f"epoch {start} is in the probe of {probe} epochs, in which only the head is trained"
         yield error("train.swa_start", text, "transfer.probe_epochs", hint=f"set {probe + 1} or more")
     if (last := max(recipe.transfer.unfreeze_at, default=0)) > start:
-        text = f"epoch {start} is before epoch {last}, from which on all layers are trained"
+        text = f"epoch {start} is before epoch {last}, in which the last layer group is unfrozen"
         yield error("train.swa_start", text, "transfer.unfreeze_at", hint=f"set {last} or more")
 
 

@@ -59,7 +59,7 @@ class SplitConfig(ConfigModel):
         ge=1,
         description="Draw this many images of each class at random for training and validation together; all others "
         "are the test split, including those of an official test list. The usual protocol for Caltech-101 draws 30 "
-        "(Kornblith et al. 2019, arXiv:1805.08974). Not with test or folds.",
+        "(Kornblith et al. 2019, arXiv:1805.08974). Cannot be combined with test or folds.",
         json_schema_extra=IMAGES,
     )
     folds: int | None = Field(
@@ -392,8 +392,8 @@ class AugmentConfig(ConfigModel):
     )
     alternating_flip: bool = Field(
         False,
-        description="Flip each training image horizontally in every second epoch; whether it starts with the first or "
-        "the second is random. In two epochs the model sees both versions of each image (Jordan 2024, "
+        description="Flip each training image horizontally in every second epoch; whether in the odd or the even "
+        "epochs is random. In two epochs the model sees both versions of each image (Jordan 2024, "
         "arXiv:2404.00498). Applied after the crop, before the other transforms.",
     )
     repeats: int = Field(
@@ -402,7 +402,7 @@ class AugmentConfig(ConfigModel):
         le=100,
         description="Repeated augmentation (Hoffer et al. 2020, arXiv:1901.09335): each batch contains this many "
         "augmented versions of each of its images, as with torchvision's RASampler. An epoch has as many steps as "
-        "without, and therefore uses 1 / repeats of the images.",
+        "without it, and therefore uses 1 / repeats of the images.",
     )
     run_on: Literal["auto", "workers", "device"] = Field(
         "auto",

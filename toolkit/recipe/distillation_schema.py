@@ -10,7 +10,7 @@ from toolkit.recipe.base import ConfigModel
 
 
 class PretrainedTeacher(ConfigModel):
-    """A pretrained model as the teacher, with its own last layer."""
+    """A pretrained model that is the teacher, with its own last layer."""
 
     source: Literal["torchvision", "timm"] = Field(description="Library of the model.")
     name: str = Field(min_length=1, description="Architecture.")
@@ -35,5 +35,5 @@ class DistillationConfig(ConfigModel):
         "KL(teacher || student), where both distributions are softened by the temperature.",
     )
     temperature: float = Field(
-        4.0, gt=0, le=1000, description="Divisor of the logits of teacher and student in the term of the soft targets."
+        4.0, gt=0, le=1000, description="Divisor of the logits of teacher and student in the loss by the soft targets."
     )

@@ -30,7 +30,7 @@ def is_random(split: str, augment: AugmentConfig) -> bool:
 
 
 def is_random_transform(entry: TransformConfig) -> bool:
-    """Return whether a transform of a recipe may be random."""
+    """Return whether a transform of a recipe may give different results for the same image."""
     return entry.name not in FIXED or entry.apply_p < 1
 
 

@@ -36,7 +36,7 @@ REPLACES: dict[KeyPath, str] = {
     ("scheduler", "warmup_epochs"): "warmup_steps",
     ("scheduler", "warmup_steps"): "warmup_epochs",
 }
-"""Keys that exclude another one of the same table: set by a later source, they remove it."""
+"""Pairs of keys of one table that exclude each other: if a later source sets one, it removes the other."""
 _BARE_WORD = re.compile(r"\s*(?P<word>(?:[^\W\d]|~?/|\.\.?/)[\w./:+~-]*)\s*(?:#.*)?\Z")
 _DOTTED_RUN = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")
 
@@ -73,7 +73,7 @@ class LayeredConfig:
     def add(self, source: ConfigLayer) -> None:
         """Merge a source into the values: tables are merged key by key, everything else is replaced.
 
-        A key in :data:`REPLACES` also removes the key that it excludes, if an earlier source has set it.
+        A key in :data:`REPLACES` also removes the key that it excludes if an earlier source has set it.
         """
         self._add(self.data, source.data, (), source)
 

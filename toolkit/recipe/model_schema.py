@@ -64,7 +64,7 @@ class ConvBlock(ConfigModel):
     whiten: bool = Field(
         False,
         description="First block: initialize the convolution with the eigenvectors of the covariance of training "
-        "patches, so that its outputs are uncorrelated, and their negatives; channels must be 2 x input channels x "
+        "patches and their negatives, so that its outputs are uncorrelated; channels must be 2 x input channels x "
         'kernel ** 2. Usually frozen, by transfer.freeze = ["blocks.0.conv.weight"] (Jordan 2024, arXiv:2404.00498).',
     )
 
@@ -102,8 +102,8 @@ class ConvNetConfig(ConfigModel):
     init: Literal["default", "gaussian", "dirac"] = Field(
         "default",
         description="default: PyTorch's initialization. gaussian: weights of convolutions and linear layers from a "
-        "normal distribution with mean 0 and standard deviation init_std, biases 0. dirac: as many filters of each "
-        "convolution as it has input channels copy one of them, biases of convolutions 0, the rest as by default "
+        "normal distribution with mean 0 and standard deviation init_std, biases 0. dirac: the first filters of each "
+        "convolution copy one input channel each, biases of convolutions are 0, everything else as by default "
         "(Jordan 2024).",
     )
     init_std: float = Field(0.05, gt=0, le=1000, description="gaussian: standard deviation.")
@@ -233,13 +233,13 @@ class TransferConfig(ConfigModel):
     k: list[Annotated[int, Field(ge=1, le=100_000)]] = Field(
         [1, 5, 10, 20, 50, 100, 200],
         min_length=1,
-        description="knn: numbers of neighbors; the one with the highest validation accuracy is kept. Larger ones than "
-        "the number of training images count as that number.",
+        description="knn: numbers of neighbors; the one with the highest validation accuracy is kept. Numbers above "
+        "that of the training images are reduced to it.",
     )
     refit: bool = Field(
         False,
-        description="logistic, knn: once C or k is chosen, fit again on the training and the validation images, as "
-        "Kornblith et al. 2019 do. The validation metrics are those before.",
+        description="logistic, knn: once C or k is chosen, fit again to the training and validation images, as in "
+        "Kornblith et al. 2019. The validation metrics are those before this fit.",
     )
     lora_rank: int = Field(
         8, ge=1, le=4096, description="lora: rank of the update B A of each weight [outputs, inputs]."
@@ -250,9 +250,9 @@ class TransferConfig(ConfigModel):
     lora_targets: list[str] = Field(
         ["*"],
         min_length=1,
-        description="lora: patterns of the names of layers that have an update (*.attn.qkv). Possible are Linear "
-        "layers, convolutions with groups = 1, and PyTorch's MultiheadAttention, by its name for the input projection. "
-        "Default: all of them below the head.",
+        description="lora: patterns of the names of layers that have an update (*.attn.qkv): Linear layers, "
+        "convolutions with groups = 1, and PyTorch's MultiheadAttention, whose name stands for its input projection. "
+        "Default: all of these layers except the head.",
     )
     freeze: list[str] = Field(
         [], description="Also freeze parameters whose names match one of these patterns (features.0.*)."
@@ -285,13 +285,13 @@ class TransferConfig(ConfigModel):
     probe_augment: bool = Field(
         False,
         description="lp_ft: whether random transforms, mixup and CutMix of [augment] also apply in the probe. Without "
-        "them, the frozen backbone's features are computed once.",
+        "them, the features of the frozen backbone are computed once.",
     )
     wise: list[Annotated[float, Field(ge=0, le=1)]] = Field(
         [],
         description="lp_ft: WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903). The best model is (1 - alpha) x the "
         "weights after the probe + alpha x those of the best epoch of fine-tuning, for the alpha in this list that is "
-        "best on validation, such as [0.0, 0.25, 0.5, 0.75, 1.0]. Default: none, as alpha = 1.",
+        "best on validation, such as [0.0, 0.25, 0.5, 0.75, 1.0]. Default: no interpolation.",
     )
     backbone_lr: float = Field(
         1.0, gt=0, le=1e6, description="Learning rate of the pretrained backbone, as a multiple of optimizer.lr."

@@ -222,9 +222,9 @@ class Recipe(ConfigModel):
 
     @property
     def scheduled_epochs(self) -> float:
-        """Number of epochs that [scheduler] covers: all of the run, except those of lp_ft's probe.
+        """Number of epochs that [scheduler] covers: those of the run without those of lp_ft's probe.
 
-        Infinite for a run by steps, whose epochs depend on the number of images.
+        Infinite with train.steps, because the number of epochs then depends on the number of images.
         """
         if self.train.epochs is None:
             return math.inf
@@ -271,7 +271,7 @@ class Recipe(ConfigModel):
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig = SchedulerConfig()
     train: TrainConfig
-    distillation: DistillationConfig | None = Field(None, description="Soft targets of a teacher.")
+    distillation: DistillationConfig | None = Field(None, description="Knowledge distillation from a teacher.")
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

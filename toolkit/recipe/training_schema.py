@@ -33,11 +33,11 @@ from toolkit.recipe.base import (
 
 
 class ParameterGroup(ConfigModel):
-    """Parameters with a learning rate or weight decay of their own."""
+    """A parameter group: parameters with a separate learning rate or weight decay."""
 
     pattern: str = Field(
         min_length=1,
-        description="Pattern of the parameters' names, such as *.bias; the first group that matches counts.",
+        description="Pattern of the parameters' names, such as *.bias; the first group that matches is used.",
     )
     lr_scale: float = Field(
         1.0,
@@ -73,7 +73,8 @@ class OptimizerConfig(ConfigModel):
         True, description="Whether weight decay also applies to biases and normalization layers."
     )
     groups: list[ParameterGroup] = Field(
-        [], description="Parameters with a learning rate or weight decay of their own, by patterns of their names."
+        [],
+        description="Parameter groups with a separate learning rate or weight decay, by patterns of parameter names.",
     )
     args: dict[str, Any] = Field(
         {}, description="Additional arguments of the optimizer, such as betas = [0.9, 0.99] or eps."
@@ -94,9 +95,9 @@ class OptimizerConfig(ConfigModel):
     lookahead: int | None = Field(
         None,
         ge=1,
-        description="Lookahead (Zhang et al. 2019, arXiv:1907.08610): every so many steps the slow weights move toward "
-        "the weights by lookahead_alpha, and training continues from them. The slow weights are evaluated and saved. "
-        "The paper uses 5 or 10, timm 6.",
+        description="Lookahead (Zhang et al. 2019, arXiv:1907.08610): after each such number of steps the slow "
+        "weights move toward the weights by lookahead_alpha, and training continues from them. The slow weights are "
+        "evaluated and saved. The paper uses 5 or 10, timm 6.",
         json_schema_extra=STEPS,
     )
     lookahead_alpha: float = Field(0.5, gt=0, le=1, description="Step size of Lookahead's slow weights.")
@@ -133,8 +134,8 @@ class SchedulerConfig(ConfigModel):
         "constant",
         description="constant: lr in every epoch. step: multiply by gamma every step_size epochs. multi_step: multiply "
         "by gamma at each of the milestones. exponential: multiply by gamma every epoch. linear: fall linearly from lr "
-        "to end_factor x lr. polynomial, cosine: fall from lr to min_lr, as (remaining share of the epochs) ** power "
-        "or along half a cosine. cosine_restarts: such cosines of T_0, T_0 x T_mult, ... epochs, one after the other. "
+        "to end_factor x lr. polynomial, cosine: fall from lr to min_lr, as (remaining fraction of the epochs) ** "
+        "power or along half a cosine. cosine_restarts: cosine cycles of T_0, T_0 x T_mult, ... epochs. "
         "flat_cosine: lr, then a cosine to min_lr in the last decay_fraction of the epochs (fastai's fit_flat_cos). "
         "wsd: warm-up, lr, then a fall of decay_type to min_lr in the last decay_fraction of the epochs (Hu et al. "
         "2024). one_cycle: rise from start_factor x lr to lr, then fall to end_factor x lr. plateau: multiply by gamma "
@@ -166,7 +167,7 @@ class SchedulerConfig(ConfigModel):
         json_schema_extra=EPOCHS,
     )
     T_mult: int = Field(
-        1, ge=1, le=100, description="cosine_restarts: factor by which each cycle is longer than the one before it."
+        1, ge=1, le=100, description="cosine_restarts: length of each cycle as a multiple of the one before it."
     )
     cycle_decay: float = Field(
         1.0, gt=0, le=1, description="cosine_restarts: height of each cycle as a multiple of the one before it."
@@ -180,8 +181,8 @@ class SchedulerConfig(ConfigModel):
     )
     decay_type: Literal["1-sqrt", "linear"] = Field(
         "1-sqrt",
-        description="wsd: fall as 1 - sqrt(share of the decay that has passed), which Haegele et al. 2024 "
-        "(arXiv:2405.18392) found to be better than a linear one; or linearly.",
+        description="wsd: 1-sqrt: fall as 1 - sqrt(fraction of the decay that has passed), which Haegele et al. 2024 "
+        "(arXiv:2405.18392) found to be better than a linear decay. linear: fall linearly.",
     )
     warmup_epochs: float = Field(
         0.0,
@@ -227,7 +228,7 @@ class SchedulerConfig(ConfigModel):
         if self.warmup_steps is not None and self.warmup_epochs:
             raise ValueError("warmup_steps and warmup_epochs exclude each other: set one of them")
         if self.name == "cosine_restarts" and self.T_0 is None:
-            raise ValueError("name = 'cosine_restarts' needs T_0, the epochs of the first cycle")
+            raise ValueError("name = 'cosine_restarts' needs T_0, the number of epochs of the first cycle")
         return self
 
 
@@ -329,8 +330,8 @@ class TrainConfig(ConfigModel):
     virtual_processes: int | None = Field(
         None,
         ge=2,
-        description="Train as this number of processes would, on any smaller number, with the same results to the last "
-        "bit: each step's batch is divided among the virtual processes, of which each process computes several, one "
+        description="Give bit-identical results on any number of processes up to this one: each step's batch is "
+        "divided among this number of virtual processes, and each process computes several of them, one "
         "after the other. The run may be resumed on another number of processes. Batch norm uses the images of one "
         "virtual process. On CPUs, every process uses one thread. Default: off.",
     )
@@ -374,7 +375,7 @@ class TrainConfig(ConfigModel):
         le=1_000_000,
         description="Stochastic weight averaging (SWA, Izmailov et al. 2018, arXiv:1803.05407): number of the first "
         "epoch, from 1, at whose end the weights enter an equal average, which is then evaluated and saved in their "
-        "place, with batch norm statistics computed again on the training images. Default: no SWA.",
+        "place, with batch norm statistics recomputed on the training images. Default: no SWA.",
         json_schema_extra=EPOCHS,
     )
     swa_lr: float | None = Field(
@@ -438,7 +439,7 @@ class TrainConfig(ConfigModel):
         if self.epochs is None and self.steps is None:
             raise ValueError("epochs or steps must be given, for example epochs = 30")
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("steps and epochs exclude each other: the length of a run is given by one of them")
+            raise ValueError("steps and epochs exclude each other: set one of them")
         return self
 
     @field_validator("loss_args", mode="wrap")
