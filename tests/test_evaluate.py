@@ -77,6 +77,13 @@ def test_a_run_of_two_processes_is_reproduced_on_one_and_on_three(tmp_path: Path
     metrics(launch(3, toolkit, "evaluate", path, "--json")[0])
 
 
+def test_a_run_of_virtual_processes_is_evaluated_in_their_batches(tmp_path: Path) -> None:
+    """The float32 logits of an image depend on the size of its batch by rounding."""
+    settings = ("train.virtual_processes=4", "model.head.hidden=[64]", "optimizer.lr=0.2")
+    run = train_on_files(tmp_path, CONVNET, *settings, epochs=3)
+    metrics(toolkit("evaluate", run.path, "--json"))
+
+
 def test_training_images_are_evaluated_though_no_metrics_were_recorded(run: Run) -> None:
     outcome = toolkit("evaluate", run.path, "--split", "train")
     assert outcome.status == 0

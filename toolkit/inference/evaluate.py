@@ -297,7 +297,8 @@ def split_loader(run: Run, images: SplitDataset, processes: int, accelerator: Ac
     """Return a loader that distributes the batches of the run's own evaluation over the current processes."""
     recipe, count = run.recipe, len(images.indices)
     size = run.images_per_evaluation
-    batches = [batch for rank in range(processes) for batch in plan_evaluation(count, size, processes, rank)]
+    world = recipe.train.virtual_processes or processes
+    batches = [batch for rank in range(world) for batch in plan_evaluation(count, size, world, rank)]
     own = batches[accelerator.process_index :: accelerator.num_processes]
     workers = min(worker_count(recipe.data.workers, images.images, local_processes()), len(own))
     return EvaluationLoader(WorkerBatches(images, workers, pin_memory=accelerator.device.type == "cuda"), own)
