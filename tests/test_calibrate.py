@@ -119,6 +119,11 @@ def test_without_a_best_temperature_the_message_says_why() -> None:
     logits, _ = sample(1.0, 200)
     with pytest.raises(UserError, match="on 200 validation images: all predictions are correct"):
         best_temperature(logits, logits.argmax(1))
+    for factor in (5.0, 1000.0):  # with which the likelihood is 1 in float64 at low temperatures, or at all of them
+        with pytest.raises(UserError, match="all predictions are correct"):
+            best_temperature(logits * factor, logits.argmax(1))
+        with pytest.raises(UserError, match="all predictions are correct"):
+            best_temperature(logits * factor, (logits > 0).astype(np.uint8))
     with pytest.raises(UserError, match="no better than chance"):
         best_temperature(logits, logits.argmin(1))
 

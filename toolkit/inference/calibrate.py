@@ -118,6 +118,12 @@ def best_temperature(logits: Logits, labels: Labels) -> float:
     :data:`LIMITS`: if all predictions are correct, any lower temperature is better, and any higher one if the labels do
     not depend on the logits.
     """
+    if labels.ndim == 1:
+        correct = np.take_along_axis(logits, labels[:, None], 1)[:, 0] >= logits.max(1)
+    else:
+        correct = np.where(labels == 1, logits, -logits) >= 0
+    if correct.all():  # the minimum cannot tell: the likelihood is rounded to 1 before the lowest temperature
+        raise _no_temperature(labels, "all predictions are correct, so that the lowest temperature is the best one")
     low, high = (math.log(limit) for limit in LIMITS)
     found = minimize_scalar(
         lambda x: negative_log_likelihood(logits, labels, math.exp(x)),
@@ -128,12 +134,16 @@ def best_temperature(logits: Logits, labels: Labels) -> float:
     temperature = math.exp(found.x)
     if not 1.1 * LIMITS[0] < temperature < LIMITS[1] / 1.1:
         reason = (
-            "all predictions are correct, so that the lowest temperature is the best one"
+            "almost all predictions are correct, and the logits of the others hardly differ"
             if temperature < 1
             else "the predictions are no better than chance, so that the highest temperature is the best one"
         )
-        raise UserError(f"no temperature can be chosen on {len(labels)} validation images: {reason}")
+        raise _no_temperature(labels, reason)
     return temperature
+
+
+def _no_temperature(labels: Labels, reason: str) -> UserError:
+    return UserError(f"no temperature can be chosen on {len(labels)} validation images: {reason}")
 
 
 def reliability(logits: Logits, labels: Labels, temperature: float) -> Reliability:
