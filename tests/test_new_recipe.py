@@ -547,6 +547,11 @@ def test_keys_of_data_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert '# given with --set\nclass_folders = "leaf"' in Path("nested.toml").read_text()
     refused = toolkit("new", "nested", "--force", "--set", "train.epochs=3")
     assert "toolkit new takes keys of [data] only" in refused.stderr
+    leaf = ("--set", 'data.class_folders="leaf"', "--force")
+    refused = toolkit("new", "nested", *leaf, "--set", "data.nokey=1")
+    assert (refused.status, refused.stderr.splitlines()[-1][:44]) == (2, "--set: unknown key data.nokey; [data] takes ")
+    assert toolkit("new", "nested", *leaf, "--set", "data.split.validation=0.25").status == 0
+    assert load("nested.toml").recipe.data.split.validation == 0.25
 
 
 def test_columns_can_be_given_and_only_clear_ones_are_guessed(tmp_path: Path) -> None:

@@ -176,6 +176,12 @@ def test_data_without_validation_images_or_with_several_labels_are_refused(folde
     assert "exactly one class" in refused.stderr
 
 
+def test_a_given_key_of_a_table_leaves_the_others(folder: Path) -> None:
+    data = probed_data(str(folder / "recipe.toml"), {"split": {"validation": 0.1}}, print)
+    (choice,) = data.choices
+    assert choice.keys["data.split"] == {"validation": 0.1, "test": 0.2}
+
+
 def test_data_need_no_recipe(tmp_path: Path, folder: Path) -> None:
     data = probed_data("digits", {"images_per_class": 20}, print)
     (backbone,) = find_backbones([pattern(folder)])

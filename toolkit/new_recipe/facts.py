@@ -108,7 +108,7 @@ class DataFacts:
         """
         if self.dataset is None:
             return self._published_split(table)
-        config = DataConfig(**self.source.keys, split=SplitConfig(**table))
+        config = DataConfig(**(self.source.keys | {"split": SplitConfig(**table)}))
         return {name: len(indices) for name, indices in split_dataset(self.dataset, config).items()}
 
     def _published_split(self, table: dict[str, Any]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from toolkit.errors import UserError
 from toolkit.new_recipe.guess_columns import guess_columns
 from toolkit.recipe.base import NAME_LENGTH
 from toolkit.recipe.layers import parse_overrides
+from toolkit.recipe.validation import validate
 from toolkit.similar_names import did_you_mean
 
 ARCHIVES = (".zip", ".tar")
@@ -56,7 +57,7 @@ def given_keys(overrides: Sequence[str]) -> dict[str, Any]:
     """Return the keys of [data] among ``--set`` arguments, which say how data are read. Raises RecipeError."""
     found: dict[str, Any] = {}
     for layer in parse_overrides(overrides):
-        found = _merged(found, layer.data.get("data", {}))
+        found = merged(found, layer.data.get("data", {}))
     return found
 
 
@@ -70,13 +71,22 @@ def find_source(argument: str, given: Mapping[str, Any] | None = None) -> DataSo
     source = _found(argument, given or {})
     if not given:
         return source
-    return replace(source, keys=_merged(source.keys, given), more={**source.more, **dict.fromkeys(given, GIVEN)})
+    keys = merged(source.keys, given)
+    _check(keys)
+    return replace(source, keys=keys, more={**source.more, **dict.fromkeys(given, GIVEN)})
 
 
-def _merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def _check(keys: Mapping[str, Any]) -> None:
+    """Raise UserError if the keys of [data] are unknown or their values are wrong."""
+    for issue in validate({"data": dict(keys)}).issues:
+        if issue.path[0] == "data":  # the other tables of a recipe are missing here
+            raise UserError(f"--set: {issue.message}{f'; {issue.hint}' if issue.hint else ''}")
+
+
+def merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Return a table with the keys of another, tables within it merged in the same way."""
     return {**base, **{
-        key: _merged(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
+        key: merged(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
         for key, value in other.items()
     }}  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.new_recipe.situation import KORNBLITH, Choice
+from toolkit.new_recipe.source import merged
 from toolkit.new_recipe.write import data_choices, recipe_text
 from toolkit.probe.backbones import Backbone
 from toolkit.recipe import load, loads_recipe
@@ -80,7 +81,8 @@ def probed_data(argument: str, given: Mapping[str, Any], log: Callable[[str], No
     else:
         recipe = load(argument, []).recipe
         is_multi_label = recipe.task.kind == "multi_label"
-        keys = recipe.data.model_dump(mode="json", exclude_unset=True, exclude=set(OF_THE_MODEL)) | dict(given)
+        keys = recipe.data.model_dump(mode="json", exclude_unset=True, exclude=set(OF_THE_MODEL))
+        keys = merged(keys, given)
         chosen = Choice("data", {f"data.{key}": value for key, value in keys.items()}, f"as in {argument}", "")
         data = ProbedData(recipe.recipe.name, [chosen], recipe.recipe.seed)
     split: dict[str, Any] = next(
