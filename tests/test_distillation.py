@@ -20,8 +20,10 @@ from toolkit.recipe import load_recipe
 from toolkit.recipe.distillation_schema import DistillationConfig, PretrainedTeacher
 from toolkit.runs import Run, open_run
 from toolkit.training.checkpoint import find_latest, load_checkpoint, load_weights
+from toolkit.training.console import Console
 from toolkit.training.distillation import Teacher, build_teacher
 from toolkit.training.fit import fit
+from toolkit.training.resume import Resumption
 from toolkit.training.train_step import TrainStep
 from toolkit.training.trained_model import load_model
 
@@ -172,6 +174,10 @@ def test_a_changed_teacher_is_refused_on_resuming(teacher: Run, tmp_path: Path) 
     save_file({name: value + 1e-3 for name, value in state.items()}, own.best_weights)
     with pytest.raises(UserError, match="has changed since the checkpoint of"):
         fit(recipe, resume=run.path, quiet=True)
+    before = {"teacher": {"teacher": "timm resnet50"}}
+    resumption = Resumption(run, recipe, before, Accelerator(cpu=True), Console(is_main=True), False)
+    with pytest.raises(UserError, match="has changed since the checkpoint of"):  # a pretrained model was the teacher
+        resumption.compare_teacher({"teacher": str(own.path), "recipe": "small"})
     fit(recipe, resume=run.path, quiet=True, allow_changes=True)
     assert open_run(run.path).is_finished
     shutil.rmtree(own.path)

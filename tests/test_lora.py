@@ -291,6 +291,9 @@ def test_the_update_can_be_stored_without_the_pretrained_weights(run: Run, tmp_p
             load_model(result.folder)
     finally:
         weights.write_bytes(original)
+    (result.folder / "lora.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no weights: model.safetensors or lora.safetensors is missing"):
+        load_model(result.folder)
 
 
 def test_only_the_best_epoch_of_a_lora_run_can_be_stored_so(run: Run, tmp_path: Path) -> None:

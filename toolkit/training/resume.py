@@ -109,7 +109,7 @@ class Resumption:
         ``now``: :attr:`toolkit.training.distillation.Teacher.record`, without which there is no teacher.
         """
         before = self.checkpoint.get("teacher")
-        if now is None or before is None or all(before[key] == now[key] for key in now if key != "teacher"):
+        if now is None or before is None or all(before.get(key) == now[key] for key in now if key != "teacher"):
             return
         changed = f"the teacher {now['teacher']} has changed since the checkpoint of {self.run.path} was written"
         if not self.allow_changes:

@@ -285,6 +285,8 @@ def _weights_in(folder: Path) -> Path:
     """Return the file of the best weights: the final ones, or those of the best epoch so far."""
     whole = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     found = whole or sorted(folder.glob("best-*.safetensors"), reverse=True)
+    if not found and folder.name != "checkpoints":
+        raise UserError(f"{folder} has no weights: model.safetensors or {UPDATE} is missing; export the model again")
     if not found:
         raise UserError(f"{folder / WEIGHTS[0]} is missing: the run has not finished an epoch yet, so it has no model")
     return found[0]
