@@ -237,7 +237,7 @@ def test_a_run_that_cannot_be_calibrated_is_one_message(run: Run, tmp_path: Path
     without = train_on_files(tmp_path, CONVNET, "data.split.validation=0", "train.best_metric='last'")
     outcome = toolkit("calibrate", without.path)
     assert outcome.status == 2
-    assert "has no validation images, on which the temperature is chosen" in outcome.stderr
+    assert "has no validation images to choose the temperature on" in outcome.stderr
     (run.path / "summary.json").unlink()
     outcome = toolkit("calibrate", run.path)
     assert outcome.status == 2

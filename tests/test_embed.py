@@ -170,12 +170,12 @@ def test_bad_arguments_are_one_message(run: Run, tmp_path: Path, monkeypatch: py
     assert toolkit("export", run.path, "--format", "safetensors", "-o", exported).status == 0
     cases = {
         (str(run.path), image): "give -o FILE.parquet or -o FILE.npy for the features, or --neighbors K",
-        (str(run.path), "-o", "f.npy"): "give PATHs, --data, or --split",
-        (str(run.path), image, "--split", "test", "-o", "f.npy"): "give PATHs, --data, or --split",
+        (str(run.path), "-o", "f.npy"): "give one of these: PATHs, --data, or --split",
+        (str(run.path), image, "--split", "test", "-o", "f.npy"): "give one of these: PATHs, --data, or --split",
         (str(run.path), image, "-o", "f.csv"): "-o f.csv: expected a file name that ends in .parquet or .npy",
         (str(run.path), image, "-o", "f.npy", "--query", image): "--query needs --neighbors K",
         (str(run.path), "--split", "tests", "-o", "f.npy"): "there is no split 'tests'",
-        (str(exported), image, "--neighbors", "2"): "is an exported model, without its training images",
+        (str(exported), image, "--neighbors", "2"): "is an exported model, which has no training images",
     }
     for arguments, message in cases.items():
         outcome = toolkit("embed", *arguments)

@@ -287,7 +287,7 @@ def test_the_update_can_be_stored_without_the_pretrained_weights(run: Run, tmp_p
     try:
         name = next(name for name in state if not name.startswith("head."))
         weights.write_bytes(safetensors.torch.save(state | {name: state[name] + 1}))
-        with pytest.raises(UserError, match="trained on other pretrained weights"):
+        with pytest.raises(UserError, match="not trained on the pretrained weights"):
             load_model(result.folder)
     finally:
         weights.write_bytes(original)

@@ -168,7 +168,7 @@ def test_data_without_validation_images_or_with_several_labels_are_refused(folde
     recipe = str(folder / "recipe.toml")
     refused = toolkit("probe", recipe, "--set", "data.split.validation=0", "--models", pattern(folder))
     assert refused.status == 2
-    assert "needs validation images" in refused.stderr
+    assert "chooses by validation images" in refused.stderr
     several = tmp_path / "several.toml"
     several.write_text((folder / "recipe.toml").read_text() + '[task]\nkind = "multi_label"\n')
     refused = toolkit("probe", str(several), "--models", pattern(folder))

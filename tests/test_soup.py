@@ -289,7 +289,7 @@ def test_runs_without_weights_are_left_out_with_a_warning(trained: Path, tmp_pat
     assert "left out 1 run without weights" in toolkit("table", folder.path).stdout
     for run in folder.runs:
         run.best_weights.unlink(missing_ok=True)
-    assert "have no weights any more (checkpoints/best.safetensors)" in refusal(folder.path)
+    assert "no longer have weights (checkpoints/best.safetensors)" in refusal(folder.path)
 
 
 def test_runs_that_cannot_be_averaged_are_named(trained: Path, tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_runs_that_cannot_be_averaged_are_named(trained: Path, tmp_path: Path) -
         (
             'set = {{ transfer.mode = "logistic", transfer.C = [{C}.0], data.split.validation = 0, '
             'train.best_metric = "last", train.epochs = 1 }}',
-            "a soup is judged on validation images, but these runs have none (data.split.validation)",
+            "a soup is evaluated on validation images, but these runs have none (data.split.validation)",
         ),
     ],
     ids=["refit", "no validation images"],

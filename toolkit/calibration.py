@@ -22,8 +22,8 @@ FILE = "calibration.json"
 class Reliability(Shape):
     """How well the probabilities of a split's images are calibrated.
 
-    Of a single-label model these are the probabilities of the predicted classes, and ``accuracy`` is the fraction of
-    correct predictions; of a multi-label model those of all labels, and ``accuracy`` is the fraction that is present.
+    Single-label: the probabilities are those of the predicted classes, and ``accuracy`` is the fraction of correct
+    predictions. Multi-label: they are those of all labels, and ``accuracy`` is the fraction of labels that are present.
     """
 
     nll: float
@@ -81,6 +81,6 @@ def read_calibration(run: Run) -> TemperatureScaling | None:
 
 
 def without_temperature(card: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a model.json without a temperature, for other weights than those it was chosen for."""
+    """Return the content of a model.json without the temperature, which holds only for the weights of that model."""
     task = {key: value for key, value in (card.get("task") or {}).items() if key != "temperature"}
     return card | ({"task": task} if task else {})

@@ -96,7 +96,7 @@ def find_lr(recipe: Recipe, *, steps: int = 100, min_lr: float = 1e-7, max_lr: f
     display = Console(is_main=accelerator.is_main_process)
     if recipe.transfer.mode == "lp_ft":
         recipe = recipe.model_copy(update={"transfer": recipe.transfer.model_copy(update={"mode": "finetune"})})
-        display.log('transfer.mode = "lp_ft": the test is of fine-tuning with a new head, for optimizer.lr')
+        display.log('transfer.mode = "lp_ft": the test fine-tunes with a new head; the result is for optimizer.lr')
     with out_of_memory_explained(recipe.train, accelerator.num_processes):
         training = Trainer(build_context(recipe, accelerator, display), None, None, GracefulStop(), None)
         try:

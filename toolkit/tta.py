@@ -1,4 +1,4 @@
-"""Test-time augmentation (TTA): its names, and its results in a run's tta.json. Does not import torch."""
+"""Test-time augmentation (TTA): names of augmentations, and results in a run's tta.json. Does not import torch."""
 
 from __future__ import annotations
 
@@ -74,6 +74,6 @@ def write_tta(run: Run, result: TtaResult) -> None:
 def store_tta(run: Run, names: Sequence[str]) -> None:
     """Store test-time augmentation in a run's model.json; ["none"] removes it."""
     if not run.is_finished:
-        raise UserError(f"{run.path} has not finished: test-time augmentation can be stored after the training")
+        raise UserError(f"{run.path} has not finished: test-time augmentation can be stored when training has finished")
     card = {key: value for key, value in run.model_card.items() if key != "tta"}
     run.write_json("checkpoints/model.json", card | ({} if [*names] == ["none"] else {"tta": [*names]}))

@@ -129,7 +129,7 @@ def alternating_uniforms(draws: IntArray, seed: int, epoch: int) -> Floats:
 
 
 def _alternating_column(operations: Sequence[BatchOp]) -> int | None:
-    """Return which of the random numbers of all operations decides about the alternating flip; None without one."""
+    """Return the index of the alternating flip's number among the random numbers of all operations; None without it."""
     column = 0
     for one in operations:
         for step in one.steps if isinstance(one, CropFlipOp) else (one,):

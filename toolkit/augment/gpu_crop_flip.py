@@ -97,7 +97,7 @@ class AlternatingFlip:
     random_count: int = 1
 
     def maps(self, u: Floats, size: Size) -> tuple[Indices, Indices]:
-        """See :meth:`RandomFlip.maps`; ``u`` is that of :func:`alternating_uniforms`."""
+        """See :meth:`RandomFlip.maps`; ``u`` comes from :func:`alternating_uniforms`."""
         return RandomFlip(vertical=False, p=0.5).maps(u, size)
 
 

@@ -31,7 +31,7 @@ ENUMERATIONS = {"interpolation": InterpolationMode, "policy": v2.AutoAugmentPoli
 
 
 class AlternatingFlip(v2.RandomHorizontalFlip):  # type: ignore[misc]
-    """Stands for the alternating flip in transforms of single images, which do not know the epoch: flips at random.
+    """Placeholder of the alternating flip in transforms of single images, where the epoch is unknown: flips at random.
 
     Training applies it to batches (:class:`toolkit.augment.gpu_crop_flip.AlternatingFlip`).
     """

@@ -37,14 +37,14 @@ def frozen_part(setup: TrainingContext, tail: str) -> dict[str, Any]:
 
 
 def teacher_part(setup: TrainingContext, record: dict[str, Any]) -> dict[str, Any]:
-    """Return everything except the images that the outputs of the teacher with this ``record`` depend on."""
+    """Return everything that the outputs of the teacher with this ``record`` depend on, except the images."""
     own = {key: value for key, value in record.items() if key not in ("teacher", "recipe")}
     own |= {"student": [setup.preprocessing_of("train").mean, setup.preprocessing_of("train").std]}
     return {"teacher": own, **_computation(setup)}
 
 
 def _computation(setup: TrainingContext) -> dict[str, Any]:
-    """Return the settings and versions that outputs of any model depend on."""
+    """Return the settings and versions that the outputs of every model depend on."""
     return {
         "numbers": _numbers(setup),
         "versions": [toolkit.__version__, timm.__version__, np.__version__, PIL.__version__,
@@ -79,7 +79,7 @@ def feature_name(
 def _augmentations(split: str, augment: AugmentConfig) -> dict[str, Any]:
     """Return the augmentation settings that apply to a split."""
     table = augment.model_dump(mode="json", include={split, "auto_augment", "random_erasing"})
-    if augment.alternating_flip:  # not in the keys of earlier versions
+    if augment.alternating_flip:  # only if true, so that the hashes of earlier versions stay valid
         table["alternating_flip"] = True
     return table if split == "train" else {split: table[split]}
 

@@ -47,7 +47,7 @@ def tail_of(recipe: Recipe, transfer: Transfer) -> str | None:
 
 
 def has_fixed_inputs(recipe: Recipe) -> bool:
-    """Return whether each training image gives the same inputs in every epoch, or one of data.fixed_views inputs."""
+    """Return whether each training image has a fixed set of inputs: one, or data.fixed_views augmented versions."""
     augment = recipe.augment
     if augment.mixup or augment.cutmix or recipe.data.progressive_sizes:
         return False
@@ -188,7 +188,7 @@ def kept_in_cache(
 ) -> Tensor:
     """Return the rows stored in the cache under ``name``, float32 [N, ...]; if missing, compute and store them.
 
-    ``title``: what they are, for the list of the cache's entries. ``found``: logged if they are in the cache.
+    ``title``: description for the list of cache entries. ``found``: message that is logged if they are in the cache.
     A collective.
     """
     setup = cache.setup

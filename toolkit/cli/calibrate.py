@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 @command
 def calibrate(
     run: RunPath,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove the temperature from the model again.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the temperature from the model.")] = False,
     data_root: DataRoot = None,
     as_json: AsJson = False,
 ) -> None:
     """Calibrate a run's probabilities by temperature scaling.
 
     Chooses the temperature that minimizes the negative log-likelihood of the validation images, and stores it in
-    model.json. From then on predict, evaluate, export and publish divide the logits by it; no predicted class changes.
+    model.json. Afterwards predict, evaluate, export and publish divide the logits by it; no predicted class changes.
 
     Example: toolkit calibrate runs/quickstart/20260102-030405-abcd
     """

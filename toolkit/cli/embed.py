@@ -42,7 +42,7 @@ def embed(
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(metavar="SPLIT", help="Only this split of --data; without --data, of the run's own images."),
+        typer.Option(metavar="SPLIT", help="Only this split of --data or, without --data, of the run's own images."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -51,12 +51,14 @@ def embed(
     neighbors: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="K", help="Print the K nearest training images of each image; with --query, of the images."
+            min=1,
+            metavar="K",
+            help="Print the K training images nearest to each image; with --query, the K nearest images.",
         ),
     ] = None,
     query: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="With --neighbors: find the neighbors of this image, among the images."),
+        typer.Option(metavar="PATH", help="With --neighbors: find the neighbors of this image among the given images."),
     ] = None,
     data_root: DataRoot = None,
     batch_size: Annotated[
@@ -79,7 +81,7 @@ def embed(
     Nearest training images of each photo: toolkit embed RUN photos/ --neighbors 5
     """
     if sum((bool(paths), data is not None or split is not None)) != 1:
-        raise UserError("give PATHs, --data, or --split for the run's own images (one of them)")
+        raise UserError("give one of these: PATHs, --data, or --split for the run's own images")
     if out is None and neighbors is None:
         raise UserError("give -o FILE.parquet or -o FILE.npy for the features, or --neighbors K")
     if query and neighbors is None:
@@ -129,14 +131,14 @@ class _Job:
         return self.trained.files(main_only(self.accelerator, lambda: collect(arguments, sys.stdin.buffer.read, log)))
 
     def dataset(self, data: str | None, split: str | None, data_root: Path | None) -> DatasetImages:
-        """Return the images of a data set, or of a split of the run's own one."""
+        """Return the images of a data set, or of a split of the run's own data set."""
         from toolkit.inference.embed import DatasetImages
         from toolkit.inference.evaluate import check_split, split_images
         from toolkit.inference.evaluate_data import open_data
         from toolkit.runs import open_run
 
         if not (self.run / "recipe.toml").is_file():
-            raise UserError(f"{self.run} is an exported model, without its training images and recipe: give PATHs")
+            raise UserError(f"{self.run} is an exported model, which has no training images and no recipe: give PATHs")
         run = open_run(self.run)
         if split is not None:
             check_split(split)

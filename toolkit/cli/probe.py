@@ -1,4 +1,4 @@
-"""The probe command: which pretrained backbone suits the data."""
+"""The probe command: comparison of pretrained backbones on data."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def probe(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="DATA.KEY=VALUE", help="Key of [data] that says how the data are read; the value is TOML."
+            "--set", metavar="DATA.KEY=VALUE", help="Set a key of [data], such as data.root; the value is TOML."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare pretrained backbones on data.
 
-    Computes each backbone's features once, trains k-nearest-neighbor, logistic regression and linear heads on them, and
-    tests the one that validation chooses. Writes a table, a report page, and the recipe of the first row.
+    Computes each backbone's features once, trains k-nearest-neighbor, logistic regression and linear heads on them,
+    chooses one by validation, and tests it. Writes a table, a report page, and the recipe of the first row.
 
     Example: toolkit probe flowers --models resnet50 --models "vit_small*"
     """

@@ -28,8 +28,8 @@ def soup(
 
     These are the model soups of Wortsman et al. (2022). Writes a uniform soup of all runs and a greedy one, which is
     never worse on validation than its best member, to soup/uniform and soup/greedy in the study's folder, and prints
-    their comparison with the best run on the test images. All commands for runs take these folders, and `toolkit table`
-    shows them below the study's rows.
+    their comparison with the best run on the test images. All commands for runs accept these folders, and
+    `toolkit table` shows them below the study's rows.
 
     Example: toolkit soup runs/giunta-dropout
     """
@@ -40,7 +40,7 @@ def soup(
         raise UserError("toolkit soup evaluates in one process: run it without a launcher")
     folder = StudyDirectory(study)
     confidence = folder.table.output.confidence
-    from toolkit.study.soup import make_soups  # imports torch, once the folder is known to be a study
+    from toolkit.study.soup import make_soups  # imports torch, so only after the check that the folder is a study
 
     make_soups(folder, row or [], lambda line: print(line, file=sys.stderr))
     soups, faults = read_soups(folder)

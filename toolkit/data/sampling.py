@@ -88,7 +88,7 @@ def epoch_order(seed: int, epoch: int, size: int, weights: npt.NDArray[np.float6
 
 
 def repeat_images(order: IntArray, times: int) -> IntArray:
-    """Return an order of the same length in which each image occurs ``times`` times in short succession, int64 [size].
+    """Return an order of the same length in which each image occurs ``times`` times, close together, int64 [size].
 
     For repeated augmentation (Hoffer et al. 2020, arXiv:1901.09335; torchvision's RASampler): only the first
     1 / ``times`` of ``order`` is used, rounded up to whole pairs. Two images alternate until each has occurred
@@ -133,7 +133,7 @@ class MicroBatch:
     part: int
     """Accumulation step within the optimizer step, from 0; or the number of the virtual process, from 0."""
     is_last: bool
-    """Whether this is the last micro-batch of this process in the step, after which the optimizer steps."""
+    """Whether this is the last micro-batch of this process in the step, after which the optimizer takes its step."""
     positions: IntArray
     """Indices in the epoch's order that this process loads; the first ``own`` are its own examples, the rest only serve
     as partners for mixup or CutMix."""
@@ -180,7 +180,7 @@ class RunLength:
 
 
 def run_length(train: TrainConfig, images: int) -> RunLength:
-    """Return the length of a run with so many training images.
+    """Return the length of a run, given its number of training images.
 
     A fraction of an epoch is rounded up to whole steps.
     """
@@ -266,7 +266,7 @@ class SamplingPlan:
     """Number of images per optimizer step, over all processes and accumulation steps."""
     grad_accum_steps: int = 1
     virtual: int | None = None
-    """Number of virtual processes, see :mod:`toolkit.distributed.virtual_processes`; None: off."""
+    """Number of virtual processes, see :mod:`toolkit.distributed.virtual_processes`; None: they are not used."""
     drop_last: bool = False
     world: int = 1
     rank: int = 0
@@ -354,7 +354,7 @@ def check_batch_size(train: TrainConfig, world: int) -> None:
 
 
 def check_steps(n: int, train: TrainConfig) -> None:
-    """Raise UserError if an epoch of n images would have no steps, or one with too few images."""
+    """Raise UserError if an epoch of n images would have no steps, or a step with too few images."""
     if steps_per_epoch(n, train.batch_size, train.drop_last) == 0:
         raise UserError(
             f"train.drop_last = true leaves nothing to train on: {n} training images are fewer than one batch of "

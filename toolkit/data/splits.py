@@ -237,11 +237,11 @@ def _choose(labels: IntArray, method: str, count: int, seed: int, purpose: int) 
 def _draw_of_each_class(dataset: Dataset, number: int, seed: int) -> tuple[IntArray, IntArray]:
     """Draw ``number`` images of each class from all lists of the data set; return their indices and all others.
 
-    Raises UserError for images with groups or several labels, and for a class without more images than that.
+    Raises UserError for images with groups or several labels, and if a class has no more images than that.
     """
     key = "data.split.train_images_per_class"
     if dataset.is_multi_label or dataset.groups is not None:
-        what = "several labels" if dataset.is_multi_label else "groups, which may not be divided"
+        what = "several labels" if dataset.is_multi_label else "groups, which must not be divided"
         raise UserError(f"{key} is not possible for images with {what}")
     every = np.sort(np.concatenate(list(dataset.lists.values())))
     labels, chosen = dataset.labels[every], np.zeros(len(every), dtype=bool)

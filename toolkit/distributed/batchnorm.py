@@ -278,11 +278,11 @@ def set_replicated(module: nn.Module, replicated: bool) -> None:
 
 @contextlib.contextmanager
 def recomputed_statistics(module: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Replace the running statistics of ``layers`` by their means over the batches passed through ``module`` inside.
+    """Replace the running statistics of ``layers`` by means over the batches passed through ``module`` in this context.
 
     ``layers``: batch norms of ``module``, which normalize by the batch in this context; everything else is in
-    evaluation mode. Their momentum and all modes are restored afterwards. As torch.optim.swa_utils.update_bn (Izmailov
-    et al. 2018, arXiv:1803.05407).
+    evaluation mode. Their momentum and all modes are restored afterwards. This is what torch.optim.swa_utils.update_bn
+    does (Izmailov et al. 2018, arXiv:1803.05407).
     """
     modes = {part: part.training for part in module.modules()}
     norms = [layer for layer in layers if isinstance(layer, _BatchNorm) and layer.track_running_stats]

@@ -72,7 +72,7 @@ def local_processes() -> int:
 def _set_threads(train: TrainConfig) -> None:
     """Divide the available CPUs among the machine's training processes, unless the user has set OMP_NUM_THREADS.
 
-    With virtual processes there is one thread on CPUs, because results depend on the number of threads.
+    With virtual processes, each process uses one thread on CPUs, because results depend on the number of threads.
     """
     if train.virtual_processes is not None and not on_gpu():
         torch.set_num_threads(1)

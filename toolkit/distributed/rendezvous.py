@@ -173,11 +173,11 @@ class _Joining(threading.Thread):
         return 0
 
     def _register_newest(self, store: Any, number: int) -> int:
-        """Register in the newest start of all processes, and return its number, from 1.
+        """Register for the most recent start of all processes, and return its number, from 1.
 
         torchrun starts all processes again after a failure or a change of the nodes (--max-restarts, --nnodes MIN:MAX),
-        and the store of its agent still has the keys of earlier starts, so that each start needs keys of its own.
-        Rank 0 counts the starts. The others may read the previous count before it does; they find out and wait.
+        and the store of its agent still has the keys of earlier starts, so each start needs separate keys.
+        Rank 0 counts the starts. Other ranks may read the count before rank 0 increases it; they detect this and wait.
         """
         starts = PrefixStore(f"toolkit/starts/{number}", store)
         start = starts.add("count", 1 if self.info.rank == 0 else 0)
@@ -307,7 +307,7 @@ class _Joining(threading.Thread):
 
 
 def _has_agent_store() -> bool:
-    """Return whether the store is that of torchrun's agent, which keeps it when it starts the processes again."""
+    """Return whether torchrun's agent holds the store, so that it survives a restart of the processes."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 

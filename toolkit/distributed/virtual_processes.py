@@ -1,4 +1,4 @@
-"""Gradients of a fixed number of virtual processes, computed on any number of real ones with the same bits.
+"""Gradients of a fixed number of virtual processes, bit-identical on any number of real processes.
 
 Each step's batch is divided among the virtual processes; a real process computes several of them, one after the other.
 Their gradients, and the running statistics of batch norm, are summed in the order of one binary tree, whatever the
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from toolkit.data.sampling import own_range
 
 Node = tuple[int, int]
-"""A node of the tree: the virtual processes low..high-1 whose sum it is."""
+"""A node of the tree: the sum over the virtual processes low..high-1."""
 
 
 def middle(node: Node) -> int:
@@ -38,7 +38,7 @@ def largest_nodes(node: Node, low: int, high: int) -> Iterator[Node]:
 
 
 class TreeSum:
-    """Sum of a list of tensors of each virtual process, with the same bits on any number of real processes."""
+    """Sum of each virtual process's list of tensors, bit-identical on any number of real processes."""
 
     def __init__(self, count: int, world: int, rank: int) -> None:
         """``count``: number of virtual processes, at least ``world``."""
@@ -59,7 +59,7 @@ class TreeSum:
             self.partial[-2:] = [(parent, first)]
 
     def total(self) -> list[Tensor]:
-        """Return the sums over all virtual processes (a collective), and start over."""
+        """Return the sums over all virtual processes, and begin new sums (a collective)."""
         partial, self.partial = self.partial, []
         assert [node for node, _ in partial] == self.nodes[self.rank], "some virtual processes were not added"
         if self.world == 1:
@@ -70,7 +70,7 @@ class TreeSum:
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _exchange(self, own: Tensor) -> Tensor:
-        """Return the sum of all nodes, [n], from this process's own, [m, n] (a collective)."""
+        """Return the sum of all nodes, [n], given this process's nodes, [m, n] (a collective)."""
         size, chunk = own.shape[1], -(-own.shape[1] // self.world)
         padded = nn.functional.pad(own, (0, chunk * self.world - size))
         to_send = padded.view(len(own), self.world, chunk).transpose(0, 1).reshape(-1, chunk)
@@ -84,7 +84,7 @@ class TreeSum:
 
 
 def _tree_sum(node: Node, known: dict[Node, Tensor]) -> Tensor:
-    """Return the sum at a node, from those of nodes below it."""
+    """Return the sum at a node, given the sums of nodes below it."""
     if node in known:
         return known[node]
     return _tree_sum((node[0], middle(node)), known) + _tree_sum((middle(node), node[1]), known)
@@ -120,7 +120,7 @@ class VirtualProcesses:
     def finish(self) -> None:
         """Set the summed gradients and the mean running statistics of all virtual processes (a collective).
 
-        Counters of batches are not summed: each virtual process has counted one more.
+        Batch norm's counters of batches are not summed: each one has increased by 1 in every virtual process.
         """
         parameters, total = self._parameters(), self.sum.total()
         for parameter, gradient in zip(parameters, total, strict=False):
@@ -133,7 +133,7 @@ class VirtualProcesses:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def _buffers(self) -> list[Tensor]:
-        """Return the statistics and counters of the batch norms that update them."""
+        """Return the running statistics and counters of the batch norms that are updated in training."""
         norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 

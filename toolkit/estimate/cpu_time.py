@@ -33,7 +33,7 @@ def cpu_time(recipe: Recipe, processes: int, classes: int, images: Mapping[str, 
     epochs = run_length(recipe.train, images["train"]).exact_epochs
     passes = sum(images.values()) if is_frozen else epochs * images["train"]
     speed = BATCH / _seconds(built.module, torch.rand(BATCH, channels, *size), backward=not is_frozen)
-    what = "each image once, since its features are cached" if is_frozen else recipe.train.length_text
+    what = "each image once, because its features are cached" if is_frozen else recipe.train.length_text
     return passes / speed, f"{duration(passes / speed)}: {what}, at {speed:,.0f} images/s without reading them"
 
 

@@ -54,7 +54,7 @@ def calibrate(run: Run, accelerator: Accelerator, data_root: Path | None = None)
     check_recipe(run)
     if not run.split["validation"]:
         raise UserError(
-            f"{run.path} has no validation images, on which the temperature is chosen: train with data.split.validation"
+            f"{run.path} has no validation images to choose the temperature on: train with data.split.validation"
         )
     trained = with_tta(load_model(run.path, model=run.factory))
     splits = [split for split in ("validation", "test") if run.split[split]]
@@ -92,7 +92,7 @@ def remove_calibration(run: Run) -> None:
 
 
 def check_finished(run: Run) -> None:
-    """Raise UserError if the run has not finished: training would change the weights, and write model.json anew."""
+    """Raise UserError if the run has not finished: training would change the weights, and overwrite model.json."""
     if not run.is_finished:
         raise UserError(f"{run.path} has not finished: its model can be calibrated after the training")
 
@@ -114,16 +114,16 @@ def negative_log_likelihood(logits: Logits, labels: Labels, temperature: float) 
 def best_temperature(logits: Logits, labels: Labels) -> float:
     """Return the temperature that minimizes the negative log-likelihood.
 
-    The likelihood is concave in 1/temperature, so that the minimum is unique. Raises UserError if there is none in
-    :data:`LIMITS`: if all predictions are correct, any lower temperature is better, and any higher one if the labels do
-    not depend on the logits.
+    The log-likelihood is concave in 1/temperature, so that the minimum is unique. Raises UserError if it is not within
+    :data:`LIMITS`: if all predictions are correct, every lower temperature is better; if the labels do not depend on
+    the logits, every higher one.
     """
     if labels.ndim == 1:
         correct = np.take_along_axis(logits, labels[:, None], 1)[:, 0] >= logits.max(1)
     else:
         correct = np.where(labels == 1, logits, -logits) >= 0
-    if correct.all():  # the minimum cannot tell: the likelihood is rounded to 1 before the lowest temperature
-        raise _no_temperature(labels, "all predictions are correct, so that the lowest temperature is the best one")
+    if correct.all():  # the minimum would not show it: the likelihood is rounded to 1 above the lowest temperature
+        raise _no_temperature(labels, "all predictions are correct, so that every lower temperature is better")
     low, high = (math.log(limit) for limit in LIMITS)
     found = minimize_scalar(
         lambda x: negative_log_likelihood(logits, labels, math.exp(x)),
@@ -136,7 +136,7 @@ def best_temperature(logits: Logits, labels: Labels) -> float:
         reason = (
             "almost all predictions are correct, and the logits of the others hardly differ"
             if temperature < 1
-            else "the predictions are no better than chance, so that the highest temperature is the best one"
+            else "the predictions are no better than chance, so that every higher temperature is better"
         )
         raise _no_temperature(labels, reason)
     return temperature

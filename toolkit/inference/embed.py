@@ -29,7 +29,7 @@ CHUNK = 2**24
 
 
 class DatasetImages:
-    """Some images of a data set, numbered from 0."""
+    """Selected images of a data set, numbered from 0."""
 
     def __init__(self, dataset: Dataset, indices: IntArray) -> None:
         self.dataset, self.indices = dataset, indices
@@ -85,8 +85,8 @@ def check_file(path: Path) -> None:
 def write_features(found: Embeddings, path: Path) -> list[Path]:
     """Write features to a Parquet file, or to an .npy file next to a .txt file of paths; return the files.
 
-    The Parquet file has the columns path, prediction, label (if known) and features, a list of D float32. The array in
-    the .npy file is float32 [N, D]; the text file has the path of each row on a line.
+    The Parquet file has the columns path, prediction, label (if known) and features, a list of D float32 numbers. The
+    array in the .npy file is float32 [N, D]; each line of the text file is the path of a row.
     """
     try:
         if path.suffix == ".parquet":
@@ -143,8 +143,8 @@ def neighbors(queries: Embeddings, among: Embeddings, count: int) -> list[Neighb
 def nearest(queries: Tensor, among: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return cosine similarities and indices of the nearest rows of ``among``, both [M, k], nearest first.
 
-    ``queries``: [M, D]; ``among``: [N, D]; k is the smaller of ``count`` and N. ``own``: for each query the row that is
-    the query itself, or -1, [M]; its similarity is -inf. The similarity to a vector of zeros is 0.
+    ``queries``: [M, D]; ``among``: [N, D]; k is the smaller of ``count`` and N. ``own``: index of the row that is the
+    query itself, or -1, [M]; its similarity is -inf. The similarity to a vector of zeros is 0.
     """
     queries, among = F.normalize(queries, dim=1), F.normalize(among, dim=1)
     values, indices = [], []

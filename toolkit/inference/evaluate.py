@@ -209,7 +209,7 @@ def measure(
     outcomes: Outcomes,
     accelerator: Accelerator,
 ) -> EvalResult:
-    """Evaluate a model on a split as the run evaluates it, in the same batches. Collective.
+    """Evaluate a model on a split in the same batches as in training. Collective.
 
     ``images``: data set and indices, from :func:`split_images`. ``outcomes``: what to compute, such as the task.
     """
@@ -258,7 +258,7 @@ def _measure_best(
     accelerator: Accelerator,
     tta: Sequence[str] | None,
 ) -> tuple[EvalResult, dict[str, tuple[EvalResult, str]]]:
-    """Evaluate the best model as in training and, if it predicts otherwise, also with temperature and augmentation.
+    """Evaluate the best model as in training and, if it is calibrated or augmented, also with temperature and TTA.
 
     Returns the first result and, if there is one, the second by the name of the model, with a note. Collective.
     """

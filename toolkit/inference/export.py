@@ -58,7 +58,7 @@ class ExportFormat:
 
     write: Callable[[TrainedModel, Path], None]
     read: Callable[[Path], Compute]
-    """Returns a function whose logits include the division by the temperature of a calibrated model."""
+    """Returns a function whose logits are divided by the temperature of a calibrated model."""
     packages: tuple[str, ...] = ()
     """Import names of packages required in addition to the toolkit's own dependencies."""
 
@@ -347,7 +347,7 @@ class Calibrated(nn.Module):
 
 
 def _to_export(trained: TrainedModel) -> nn.Module:
-    """Return the model as it predicts: with test-time augmentation, and with its temperature."""
+    """Return the model with its test-time augmentation and its temperature."""
     used = with_tta(trained)
     return used.module if used.task.temperature == 1 else Calibrated(used).eval()
 
@@ -381,7 +381,7 @@ def _model_card(trained: TrainedModel, table: ModelConfig) -> dict[str, Any]:
 def _write_lora(trained: TrainedModel, folder: Path) -> None:
     """Write what a run with transfer.mode = "lora" trained, and the hash of the frozen pretrained weights.
 
-    `load_model` reads the pretrained weights from where the recipe names them, so that a path stays as it is.
+    `load_model` reads the pretrained weights from model.weights, so a path in it is not changed.
     """
     state = load_weights(trained.weights)
     if not any(map(is_lora, state)):
@@ -456,7 +456,7 @@ def _read_onnx(folder: Path) -> Compute:
 def _write_timm(trained: TrainedModel, folder: Path) -> None:
     """Write config.json and weights for `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub.
 
-    timm's models cannot divide logits by a temperature, so that the weights of the last layer are divided.
+    timm's models cannot divide logits by a temperature, so the weights of the last layer are divided instead.
     """
     table = trained.table
     if not fits_timm(trained):

@@ -9,13 +9,13 @@ from toolkit.errors import UserError
 
 
 class ModelWithFeatures:
-    """A model that, with its logits, keeps the input of its last layer.
+    """A model that stores the input of its last layer when it computes logits.
 
     If that layer is a convolution before global pooling (SqueezeNet), the features are the means over the positions.
     """
 
     def __init__(self, module: nn.Module, head: str) -> None:
-        """``head``: name of the classifier; of a sequence of layers, the last one that has parameters is used."""
+        """``head``: name of the classifier; if it is a sequence of layers, its last layer with parameters is used."""
         self.module = module
         parts = module.get_submodule(head).modules()
         layers = [layer for layer in parts if next(layer.parameters(False), None) is not None]

@@ -279,7 +279,7 @@ def _leave_interrupts_to_parent(worker: int) -> None:
 
 
 def _summed(rows: Tensor, device: torch.device) -> Tensor:
-    """Combine the rows of all processes; rows of other processes must be 0. Collective."""
+    """Combine the rows of all processes; in each process, the rows of the others must be 0. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
     shared = rows.to(device) if dist.get_backend() == "nccl" else rows

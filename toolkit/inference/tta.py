@@ -114,7 +114,7 @@ def _crop(top: int, left: int, height: int, width: int) -> View:
 
 
 def _shift(start: int) -> View:
-    """Return the view of the image moved by one pixel along both axes, right and down for 0, left and up for 2.
+    """Return the view translated by one pixel along both axes, right and down for 0, left and up for 2.
 
     The missing pixels are reflected, as in airbench94 (Jordan 2024, arXiv:2404.00498).
     """

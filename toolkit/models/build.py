@@ -278,7 +278,7 @@ def _file_state(table: ModelConfig, module: nn.Module, source: str) -> tuple[Sta
     """Return the state dict in the recipe's weights file, with wrapper prefixes removed from its names, and notes."""
     path, key = locate(table.weights), table.weights_key
     state, notes = read_state(path, key)
-    state = merge_lora(state)  # if it is that of a run with transfer.mode = "lora"
+    state = merge_lora(state)  # if it comes from a run with transfer.mode = "lora"
     is_prefix = key is not None and any(is_under(name, (key,)) for name in state)
     state, more = without_prefix(module, state, key if is_prefix else None, source)
     return state, [*notes, *more]

@@ -70,7 +70,7 @@ def _build_block(table: ConvNetConfig, block: ConvBlock, channels: int) -> nn.Se
 
 
 def _init_dirac(module: nn.Module) -> None:
-    """Let the first filters of each convolution copy its input channels; the others keep their initialization."""
+    """Initialize the first filters of each convolution so that each copies one input channel; keep the others."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.dirac_(layer.weight.data[: layer.in_channels])

@@ -27,7 +27,7 @@ from toolkit.models.pretrained import StateDict, state_hash
 
 _ORIGINAL = re.compile(r"\.parametrizations\.(\w+)\.original$")
 _FACTOR = re.compile(r"(.*)\.parametrizations\.(\w+)\.0\.lora_(A|B|scale)$")
-"""Pattern of the names of factors; its groups are the layer, its parameter, and which factor it is."""
+"""Pattern of the names of factors; its groups are the layer, its parameter, and the factor ("A" or "B")."""
 
 SHOWN = 4
 """Maximum number of layer names in a message."""
@@ -86,7 +86,7 @@ def _adaptable(module: nn.Module) -> dict[str, str]:
         if not isinstance(layer, nn.Linear | nn.MultiheadAttention) and not is_plain:
             continue
         parameter = layer._parameters.get(key)
-        # None: it is computed, or there are several; a weight that two layers share cannot be updated for one of them.
+        # None: the weight is computed, or there are several. A weight shared by two layers cannot be updated in one.
         if parameter is not None and users[id(parameter)] == 1:
             found[name] = key
     return found
@@ -106,7 +106,7 @@ def base_name(name: str) -> str:
 
 
 def merge_lora(state: StateDict) -> StateDict:
-    """Return the state dict of the model without LoRA that computes the same; one without factors is returned as is."""
+    """Return the state dict of the equivalent model without LoRA; a state dict without factors is returned as it is."""
     merged = {base_name(name): tensor for name, tensor in state.items() if not is_lora(name)}
     for layer, key in {match.group(1, 2) for name in state if (match := _FACTOR.match(name))}:
         factors = [state[f"{layer}.parametrizations.{key}.0.lora_{part}"] for part in ("A", "B", "scale")]

@@ -52,7 +52,7 @@ class NearestNeighbors(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map features [n, D] to logits [n, classes]."""
         with torch.autocast(x.device.type, enabled=False):
-            # An exported program takes any number of images, which cannot be divided into a fixed number of chunks.
+            # An exported program takes any number of images, so it cannot have a fixed number of chunks.
             parts = [x] if torch.compiler.is_compiling() else x.split(max(1, CHUNK // len(self.features)))
             shares = [self.shares(part.float(), [self.k])[0] for part in parts]
             return (shares[0] if len(shares) == 1 else torch.cat(shares)).clamp_min(LEAST_SHARE).log()
@@ -82,7 +82,7 @@ class NearestNeighbors(nn.Module):
 
 
 def with_neighbors(built: ModelBundle) -> ModelBundle:
-    """Replace a model's last layer, in place, and return the model. Raises UserError unless it has one, a Linear."""
+    """Replace a model's last layer, in place, and return the model. Raises UserError unless it is one Linear."""
     layer = built.module.get_submodule(built.head)
     if len(built.heads) > 1 or not isinstance(layer, nn.Linear):
         raise UserError('transfer.mode = "knn" needs a model with one last layer, which is a Linear')

@@ -78,7 +78,7 @@ class Transfer:
     def train_mode(self) -> None:
         """Set trainable modules to training mode and frozen ones to evaluation mode. Call before each training pass."""
         module = self.built.module
-        if self.table.is_fitted:  # on features in evaluation mode; nothing is trained by steps
+        if self.table.is_fitted:  # these modes fit to features in evaluation mode, without training steps
             module.eval()
             return
         module.train()
@@ -208,7 +208,9 @@ def _listed(built: ModelBundle) -> str:
 def _check_unfreezing(transfer: Transfer) -> None:
     built, table = transfer.built, transfer.table
     if table.mode == "lp_ft" and table.probe_epochs is None:
-        raise UserError("transfer.mode = 'lp_ft' needs probe_epochs: the number of epochs that train the head only")
+        raise UserError(
+            "transfer.mode = 'lp_ft' needs probe_epochs, the number of epochs in which only the head is trained"
+        )
     if table.mode == "lp_ft" and transfer.ever_trained == transfer.trainable:
         raise UserError(
             f"transfer.mode = 'lp_ft' with freeze = {table.freeze} and train = {table.train} trains the same "
@@ -292,7 +294,7 @@ def param_groups(
 
 
 def _own_group(optimizer: OptimizerConfig, name: str) -> int:
-    """Return the number, from 1, of the first of optimizer.groups that matches a parameter's name; 0 if none does."""
+    """Return the number, from 1, of the first parameter group that matches a parameter's name; 0 if none does."""
     numbered = enumerate(optimizer.groups, 1)
     return next((number for number, group in numbered if fnmatchcase(base_name(name), group.pattern)), 0)
 
@@ -300,7 +302,7 @@ def _own_group(optimizer: OptimizerConfig, name: str) -> int:
 def _has_decay(
     built: ModelBundle, table: TransferConfig, optimizer: OptimizerConfig, name: str, parameter: nn.Parameter
 ) -> bool:
-    """Return whether weight decay applies to a parameter; L2-SP takes its place for pretrained ones."""
+    """Return whether weight decay applies to a parameter; for pretrained parameters, L2-SP replaces it."""
     is_exempt = not optimizer.decay_bias_and_norm and parameter.ndim <= 1
     return not is_exempt and not (table.l2_sp and is_pretrained(built, name))
 

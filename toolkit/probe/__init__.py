@@ -1,1 +1,1 @@
-"""`toolkit probe`: comparison of pretrained backbones on the user's data, by simple heads on their features."""
+"""`toolkit probe`: comparison of pretrained backbones on the user's data, by heads trained on their features."""

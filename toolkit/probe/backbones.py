@@ -23,8 +23,8 @@ DEFAULT = (
     "vit_small_patch16_224.augreg_in21k_ft_in1k",
     "vit_base_patch16_clip_224.openai",
 )
-"""timm's architectures and weights: small and middle-sized, of all usual kinds, with licenses that allow commercial use
-(the images and texts that they were trained on may have other terms)."""
+"""Small and medium-sized architectures of timm with weights whose licenses allow commercial use (the images and texts
+that they were trained on may have other terms)."""
 
 MOST = 100
 """Maximum number of backbones that a pattern may match."""
@@ -41,7 +41,7 @@ class Backbone(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Name for tables; the file of weights from a file is left out."""
+        """Name for tables, without the path of weights from a file."""
         if self.weights.startswith(("file:", "package:")):
             return f"{self.name} ({self.weights.partition(':')[0]})"
         return f"{self.name}.{self.weights}"

@@ -1,4 +1,4 @@
-"""Comparison of backbones: features once, several heads on them; validation chooses, the chosen one is tested."""
+"""Comparison of backbones: compute features once, train several heads on them, choose by validation, and test."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ SPEED_BATCH, SPEED_REPEATS = 16, 3
 
 @dataclass(frozen=True)
 class Row:
-    """What was found out about one backbone."""
+    """Results of one backbone."""
 
     backbone: Backbone
     license: str
     failure: str = ""
     """Why the backbone could not be compared; the fields that follow are then not set."""
     head: str = ""
-    """Kind of head that validation has chosen, with its chosen value: "logistic, C = 1"."""
+    """Chosen kind of head with its chosen value: "logistic, C = 1"."""
     validation: dict[str, float] = field(default_factory=dict)
     """Highest validation accuracy of each kind of head, 0..1."""
     val_accuracy: float = 0.0
@@ -60,7 +60,7 @@ class Row:
     images_per_s: float = 0.0
     """Images per second through the backbone in batches of SPEED_BATCH, without loading them."""
     memory_gib: float | None = None
-    """Peak memory meanwhile: allocated on a GPU, or resident in the process; None if it cannot be measured."""
+    """Peak memory in this measurement: allocated on a GPU, or resident in the process; None if it is unknown."""
     recipe: str = ""
     """Text of the recipe with the chosen kind of head."""
 

@@ -24,7 +24,7 @@ OF_THE_MODEL = (
     "image_size", "eval_image_size", "progressive_sizes", "resize", "crop", "interpolation", "normalize", "cache",
     "fixed_views",
 )  # fmt: skip
-"""Keys of [data] that are not taken from a recipe: the weights determine them, or they forbid one pass for features."""
+"""Keys of [data] that are not taken from a recipe: the weights determine them, or they prevent cached features."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ProbedData:
 
 @dataclass(frozen=True)
 class Head:
-    """A kind of head, with the values that validation has chosen or chooses from."""
+    """A kind of head with its hyperparameters."""
 
     mode: str
     """The value of transfer.mode."""
@@ -89,7 +89,7 @@ def probed_data(argument: str, given: Mapping[str, Any], log: Callable[[str], No
         (choice.keys["data.split"] for choice in data.choices if "data.split" in choice.keys), {}
     )
     if split.get("validation") == 0:
-        raise UserError(f"{argument}: toolkit probe needs validation images, which choose: set data.split.validation")
+        raise UserError(f"{argument}: toolkit probe chooses by validation images: set data.split.validation")
     if is_multi_label:
         raise UserError(f"{argument}: toolkit probe compares backbones for images with exactly one class")
     return data

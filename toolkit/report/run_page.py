@@ -145,7 +145,7 @@ def _cards(data: RunData) -> Iterator[SummaryCard]:
 
 
 def _planned(data: RunData) -> str:
-    """Return the planned number of epochs, "of 30"; with the length that the recipe gives if it is another one."""
+    """Return the planned number of epochs, "of 30", followed by the length in the recipe if that is not in epochs."""
     epochs = data.run.planned_epochs() if data.recipe else None
     if data.recipe is None or epochs is None:
         return ""

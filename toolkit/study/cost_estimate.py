@@ -180,7 +180,7 @@ class _CostModel:
             length = run_length(recipe.train, images)  # the last epoch may end early
             epochs, images = length.epochs, round(images * length.exact_epochs / length.epochs)
         elif recipe.train.epochs is None:
-            self._note("of runs by train.steps, the number of epochs is not known: each counts as one")
+            self._note("the number of epochs of runs with train.steps is not known: each is counted as one epoch")
         return RunCost(max(0, epochs - done), images, found.step.training_flops, speed)
 
     def _note(self, text: str) -> None:

@@ -48,7 +48,7 @@ STEPS = 8
 """Number of optimizer steps to take."""
 
 ASSUMED_EPOCHS, ASSUMED_STEPS = 100, 100
-"""Number of epochs of a run by steps, and of steps per epoch, with which schedules are compared."""
+"""Assumed number of epochs, and of steps per epoch, with which the schedules of runs with train.steps are compared."""
 
 ASSUMED_CLASSES = 10
 """Number of classes assumed if the data set is needed to count them and is not available."""
@@ -264,7 +264,7 @@ def _steps(table: OptimizerConfig, settings: Sequence[tuple[float, float]]) -> s
 
 
 def _around_steps(table: OptimizerConfig) -> Hashable:
-    """Return the settings of what surrounds the optimizer's steps: SAM, Lookahead and Schedule-Free."""
+    """Return the settings of SAM, Lookahead and Schedule-Free."""
     sam = None if table.sam is None else (table.sam, table.sam_adaptive)
     lookahead = None if table.lookahead is None else (table.lookahead, table.lookahead_alpha)
     return sam, lookahead, table.schedule_free
@@ -276,7 +276,7 @@ def _around_steps(table: OptimizerConfig) -> Hashable:
 def _schedule(recipe: Recipe) -> Hashable:
     """Return the steps, the learning rate at every quarter of an epoch, and the settings of plateau and stopping.
 
-    Runs by steps are compared over :data:`ASSUMED_EPOCHS`, because the number of images is not known.
+    Runs with train.steps are compared over :data:`ASSUMED_EPOCHS`, because the number of images is not known.
     """
     table, epochs, stopping = recipe.scheduler, recipe.scheduled_epochs, recipe.early_stopping
     length = RunLength(ASSUMED_STEPS, math.ceil(ASSUMED_STEPS * (recipe.train.epochs or ASSUMED_EPOCHS)))

@@ -32,7 +32,7 @@ class StudyProgress:
         self.search_epochs = None if table.bohb is None else search_epochs(table.bohb)
         self.started = time.monotonic()
         self.planned: dict[str, int | None] = {}
-        """Number of epochs of each run; None while it is not known."""
+        """Number of epochs of each run; None if it is not known yet."""
         self.known: dict[str, tuple[Any, RunResult]] = {}
         self.logged: dict[str, RunState] = {}
         self.live: Any = None
@@ -104,7 +104,9 @@ class StudyProgress:
         if self.search_epochs is not None:
             return sum(len(result.epochs) for result in runs.values()), self.search_epochs
         known = [epochs for name in runs if (epochs := self.planned.get(name)) is not None]
-        usual = round(sum(known) / len(known)) if known else 0  # of runs by steps that have not begun
+        usual = (
+            round(sum(known) / len(known)) if known else 0
+        )  # not known for runs with train.steps that have not begun
         planned = {name: self.planned.get(name) or usual for name in runs}
         done = (
             planned[name] if result.state in ("finished", "failed") else len(result.epochs)

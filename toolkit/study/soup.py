@@ -4,8 +4,8 @@ The uniform soup averages all runs. The greedy soup begins with the run that is 
 in order, each only if it does not make the validation metric worse; so it is never worse on validation than its best
 member. Test images are used once, by the finished soup.
 
-Batch norm statistics of averaged weights are not the average of statistics. Where they differ between the runs, they
-are computed again on the training images; where they are equal, they were frozen, and are kept.
+The batch norm statistics of averaged weights are not the average of the runs' statistics. Those that differ between the
+runs are recomputed on the training images; those that are equal in all runs were frozen, and are kept.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def make_soups(folder: StudyDirectory, rows: Sequence[str], log: Callable[[str],
 def _greedy(
     members: Sequence[SoupMember], single: Candidate, evaluator: SoupEvaluator, log: Callable[[str], None]
 ) -> tuple[list[SoupMember], Candidate]:
-    """Return the members of the greedy soup, and the soup. ``single``: the best member alone."""
+    """Return the members of the greedy soup, and the soup. ``single``: the soup of the best member only."""
     used, best, metric = [members[0]], single, evaluator.metric
     total = WeightSum(_state_of(members[0]))
     for member in members[1:]:
@@ -180,7 +180,7 @@ def _sum_all(members: Sequence[SoupMember]) -> tuple[WeightSum, set[str]]:
 
 
 def evaluated_recipe(members: Sequence[SoupMember]) -> Recipe:
-    """Return the recipe by which soups are evaluated: that of the best member, without what only training needs.
+    """Return the recipe with which soups are evaluated: the best member's, without the keys that only training needs.
 
     If only the last layer was trained in all members, the features of the frozen backbone are taken from the cache.
     """
@@ -202,7 +202,7 @@ class Candidate:
 
     state: StateDict
     metrics: dict[str, float]
-    """By the names of metrics.jsonl, such as ``val/accuracy``."""
+    """Values by names as in metrics.jsonl, such as ``val/accuracy``."""
 
     def value(self, metric: str) -> float:
         """Return a validation metric."""
@@ -232,7 +232,7 @@ class SoupEvaluator:
         ]
 
     def _same_splits(self, dataset: Dataset, splits: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the splits. Raises UserError unless they are those of the runs."""
+        """Return the splits. Raises UserError if they differ from those of the runs."""
         if split_hash(dataset, splits) != self.best.run.split["hash"]:
             raise UserError(
                 f"the images or labels have changed since {self.best.run.path} was trained (the hash in split.json "
@@ -241,7 +241,7 @@ class SoupEvaluator:
         return splits
 
     def evaluate(self, state: StateDict, *, averaged: bool) -> Candidate:
-        """Evaluate weights on validation; ``averaged``: compute batch norm statistics again."""
+        """Evaluate weights on validation; ``averaged``: recompute batch norm statistics."""
         trainer = self.trainer
         module = trainer.setup.built.module
         module.load_state_dict(state)
@@ -311,7 +311,7 @@ class SoupEvaluator:
 
 
 def _compared(soup: Run, best: Run) -> dict[str, int] | None:
-    """Return on how many test images only the soup or only its best member is right; None if it is not known."""
+    """Return on how many test images only the soup or only its best member is correct; None if it is not known."""
     if not soup.has_test:
         return None
     try:

@@ -49,7 +49,7 @@ class SoupMember:
 
 
 def find_members(folder: StudyDirectory, rows: Sequence[str], log: Callable[[str], None]) -> list[SoupMember]:
-    """Return the finished runs of a study (of ``rows``, if any are given), best first by its output.best_by.
+    """Return the finished runs of a study (only of ``rows``, if given), best first by its output.best_by.
 
     Runs without weights are left out with a warning. Raises UserError if fewer than two runs are left, or if they
     differ in architecture, classes, split or preprocessing.
@@ -62,7 +62,7 @@ def find_members(folder: StudyDirectory, rows: Sequence[str], log: Callable[[str
     deleted = [finished[name].title for name, run in runs.items() if not run.best_weights.is_file()]
     if len(deleted) == len(runs):
         raise UserError(
-            f"the finished runs of {folder.path} have no weights any more (checkpoints/best.safetensors): restore them"
+            f"the finished runs of {folder.path} no longer have weights (checkpoints/best.safetensors): restore them"
         )
     if deleted:
         log(
@@ -81,10 +81,10 @@ def find_members(folder: StudyDirectory, rows: Sequence[str], log: Callable[[str
         raise UserError('k-nearest-neighbor classifiers (transfer.mode = "knn") have no weights that could be averaged')
     if any(member.recipe.transfer.refit for member in members):
         raise UserError(
-            "a soup is judged on validation images, but these runs were also trained on them (transfer.refit = true)"
+            "a soup is evaluated on validation images, but these runs were also trained on them (transfer.refit = true)"
         )
     if any(not member.run.split["validation"] for member in members):
-        raise UserError("a soup is judged on validation images, but these runs have none (data.split.validation)")
+        raise UserError("a soup is evaluated on validation images, but these runs have none (data.split.validation)")
     if warning := different_starts(members):
         log(f"warning: {warning}")
     metric = folder.table.output.best_by
@@ -117,7 +117,7 @@ def _check_alike(members: Sequence[SoupMember]) -> None:
 
 
 def _facts(member: SoupMember) -> dict[str, str]:
-    """Return what must be equal in all members, by the name that a message gives it."""
+    """Return everything that must be equal in all members, by its name in messages."""
     card = member.run.model_card
     table = _without(card["model"], HARMLESS)
     return {

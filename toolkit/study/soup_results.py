@@ -48,7 +48,7 @@ class SoupFile(Shape):
     """The validation metric of the soup."""
     members: list[Ingredient] = Field(min_length=1)
     recomputed_batch_norms: int = Field(ge=0)
-    """Number of batch norm layers whose statistics were computed again."""
+    """Number of batch norm layers whose statistics were recomputed."""
     test: dict[str, int] | None
     """Of the test images: ``soup_only`` and ``best_only``, which only the soup and only its best member classify
     correctly, and ``images``; None without test images."""
@@ -88,7 +88,7 @@ class Soup:
             f"{number(metric.name, best.value)}"
         )
         if len([member for member in self.content.members if member.used]) == 1:
-            return f"{self.name}: no other run improved it, so it is {best.title} alone."
+            return f"{self.name}: no other run improved it, so it consists of {best.title} alone."
         if self.paired is None:
             return f"{text}."
         name = "test_accuracy"
@@ -122,9 +122,7 @@ def soup_notes(soups: Sequence[Soup], faults: Sequence[str], confidence: float) 
     """Return the notes below a table with soups."""
     if not soups:
         return list(faults)
-    notes = [
-        "A soup averages the weights of runs (Wortsman et al. 2022); it is no run of the study, and not counted above."
-    ]
+    notes = ["A soup averages the weights of runs (Wortsman et al. 2022); it is not a run of the study."]
     notes += [soup.note(confidence) for soup in soups]
     notes += [f"The {soup.content.method} soup: {warning}." for soup in soups for warning in soup.content.warnings]
     return [*notes, *faults]

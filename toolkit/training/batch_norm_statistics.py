@@ -40,10 +40,10 @@ def update_average_statistics(trainer: Trainer, epoch: int) -> None:
 
 @torch.no_grad()
 def recompute_batch_norm(trainer: Trainer, epoch: int, layers: Sequence[nn.Module]) -> None:
-    """Replace the running statistics of batch norm ``layers`` by their means over the batches of ``epoch``, from 0.
+    """Replace the running statistics of batch norm ``layers`` by the means over the batches of ``epoch``, from 0.
 
-    A collective. The same images, in the same order and with the same augmentation as in training, except mixup and
-    CutMix. As in torch's update_bn, all batches have the same weight; unlike there, dropout is off, as in evaluation.
+    A collective. Images, their order and their augmentation are those of training, without mixup and CutMix. As in
+    torch's update_bn, all batches have the same weight; unlike in update_bn, dropout is off.
     Raises StopTraining on request.
     """
     network, accelerator = trainer.train_step.network, trainer.accelerator

@@ -82,7 +82,7 @@ def build_train_step(setup: TrainingContext, loaders: DataLoaders, epochs_begun:
 
 
 def _weight_average(setup: TrainingContext, network: nn.Module, settings: TrainStepConfig) -> WeightAverage | None:
-    """Return the average of the weights that is evaluated in their place, if the recipe has one."""
+    """Return the average of the weights that is evaluated in place of the weights; None if the recipe has none."""
     train, optimizer = setup.recipe.train, setup.recipe.optimizer
     if train.ema is not None:
         return ModelEma(network, train.ema, every=train.ema_steps, warmup=train.ema_warmup)

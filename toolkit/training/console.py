@@ -155,7 +155,7 @@ def epoch_line(record: dict[str, Any], epochs: int, *, best: bool, images_per_s:
         best_known = headline(record, "val/")
         name = metric_of(best_known).measure.label
         validation = f"  val loss {record['val/loss']:.4f} {name} {record[best_known]:.4f}"
-    lr = f"  lr {record['lr']:.3g}" if "lr" in record else ""  # not with a layer that is fitted
+    lr = f"  lr {record['lr']:.3g}" if "lr" in record else ""  # absent if the last layer is fitted
     return (
         f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}{lr}"
         f"  train loss {record['train/loss']:.4f} accuracy {record['train/accuracy']:.4f}"

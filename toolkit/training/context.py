@@ -216,7 +216,7 @@ def build_context(
 
 
 def _check_length(recipe: Recipe, length: RunLength) -> None:
-    """Raise UserError if a run is too short for its settings; validation knows this only if all are in epochs."""
+    """Raise UserError if a run is too short for its settings; `toolkit validate` checks this only for epochs."""
     run = f"the run, which has {plural(length.steps, 'step')}, {length.steps_per_epoch:,} per epoch"
     probe = recipe.transfer.epochs_of_probe
     if probe >= length.exact_epochs:
@@ -229,7 +229,7 @@ def _check_length(recipe: Recipe, length: RunLength) -> None:
     if recipe.transfer.unfreeze_at and max(recipe.transfer.unfreeze_at) > length.epochs:
         raise UserError(f"transfer.unfreeze_at: epoch {max(recipe.transfer.unfreeze_at)} is beyond {run}")
     if len(recipe.data.progressive_sizes or ()) > length.epochs:
-        raise UserError(f"data.progressive_sizes: each size needs an epoch, but there are more than in {run}")
+        raise UserError(f"data.progressive_sizes has more sizes than there are epochs in {run}")
 
 
 def _open_images(

@@ -1,8 +1,8 @@
 """Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531): a trained model's outputs as soft targets.
 
-The teacher gets the images of each batch as the student does, augmented and mixed ("consistent teaching", Beyer et al.
-2022, arXiv:2106.05237). It is in evaluation mode, has no gradients, and is neither wrapped for several processes nor
-part of checkpoints. If the training images are the same in every epoch, its outputs are computed once
+The teacher gets the same augmented and mixed images as the student ("consistent teaching", Beyer et al. 2022,
+arXiv:2106.05237). It is in evaluation mode, has no gradients and no DDP wrapper, and is not part of checkpoints. If the
+training images are the same in every epoch, its outputs are computed once
 (:mod:`toolkit.cache.teacher_outputs`).
 """
 
@@ -34,13 +34,13 @@ class Teacher:
     module: nn.Module
     """Maps its own normalized images to logits, in the order of its own classes."""
     record: dict[str, Any]
-    """What identifies the teacher, JSON-serializable; kept in the run and compared when it is resumed."""
+    """Values that identify the teacher, JSON-serializable; stored in the run and compared when it is resumed."""
     rescale: tuple[Tensor, Tensor] | None = None
     """Factor and offset, each [C, 1, 1], from the student's normalization to the teacher's; None: they are equal."""
     columns: Tensor | None = None
-    """The teacher's output of each class of the data set, int64 [K]; None: the classes have the same order."""
+    """Index of the teacher's output for each class of the data set, int64 [K]; None: the order is the same."""
     autocast: torch.dtype | None = None
-    """Type of the run's mixed precision, in which the teacher is computed too."""
+    """Type of the run's mixed precision, which also applies to the teacher."""
     computed: list[Tensor] | None = None
     """Logits of the training images for each fixed view, float32 [N, K]; None: they are computed for each batch."""
 
@@ -136,7 +136,9 @@ def _pretrained(table: DistillationConfig, model: ModelConfig, classes: int, our
     """Build a pretrained model with its own last layer."""
     built = build_model(model, classes, ours.channels, ours.image_size)
     if built.has_new_head:
-        raise UserError(f"the weights {model.weights} of {model.name} are for other classes: there are {classes} here")
+        raise UserError(
+            f"the weights {model.weights} of {model.name} are not for {classes} classes, as the data set has"
+        )
     expected = expected_input(model)
     mean, std = (ours.mean, ours.std) if expected is None else (expected.mean, expected.std)
     if len(mean) != ours.channels:
@@ -156,7 +158,7 @@ def _teacher(
     std: tuple[float, ...],
     columns: Tensor | None,
 ) -> Teacher:
-    """Return the teacher whose images are normalized by ``mean`` and ``std`` of each channel."""
+    """Return the teacher, for which images are normalized by ``mean`` and ``std`` of each channel."""
     record |= {"weights_sha256": state_hash(module.state_dict()), "mean": list(mean), "std": list(std)}
     rescale = None
     if (mean, std) != (ours.mean, ours.std):

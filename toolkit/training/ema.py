@@ -1,7 +1,7 @@
 """Averages of the weights that are swapped into the model for evaluation: EMA, SWA, Lookahead, Schedule-Free.
 
 Exponential moving average (EMA): Polyak & Juditsky 1992. By default its decay is warmed up with the number of updates,
-so that the random initial weights soon stop contributing, as in timm's ModelEmaV3 with ``use_warmup``.
+so that the random initial weights soon have a negligible coefficient, as in timm's ModelEmaV3 with ``use_warmup``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class WeightAverage(ABC):
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the model is to be evaluated and saved with the averages in place of its weights."""
+        """Whether the model is evaluated and saved with the averages in place of its weights."""
         return True
 
     def follow(self, module: nn.Module) -> None:
@@ -102,7 +102,7 @@ class WeightAverage(ABC):
         return [current[name] for name in self.averages]
 
     def keep_statistics(self, module: nn.Module, layers: Iterable[str]) -> None:
-        """Hold own buffers of the batch norm layers of these names, which are swapped in with the weights."""
+        """Store copies of the buffers of the batch norm layers with these names, to be swapped in with the weights."""
         for layer in layers:
             for name, buffer in module.get_submodule(layer).named_buffers(recurse=False):
                 full = f"{layer}.{name}" if layer else name

@@ -15,7 +15,7 @@ from toolkit.training.task import EvalResult
 
 
 class Outcomes(Protocol):
-    """What to keep of each example: a task, or something else that is computed from logits and labels."""
+    """Values to compute for each example from logits and labels: those of a task, or others."""
 
     @property
     def width(self) -> int:

@@ -183,7 +183,7 @@ def _model_metrics(record: dict[str, Any], task: Task, test: EvalResult | None) 
 
 
 def _write_results(training: Trainer, run: Run, models: _FinalModels) -> None:
-    """Write thresholds and alpha to model.json; of the test images predictions.csv, class_metrics.csv, curves.csv."""
+    """Write thresholds and alpha to model.json; for test images predictions.csv, class_metrics.csv and curves.csv."""
     task, test, dataset = models.task, models.test, training.setup.dataset
     card = {"task": task.to_dict()} if task.is_tuned else {}
     if models.wise is not None:

@@ -21,10 +21,10 @@ SAMPLE = 5000
 
 
 def train_knn_head(trainer: Trainer, sums: RunningMetrics) -> None:
-    """Put the training images into the head, with the k of transfer.k that has the highest validation accuracy.
+    """Store the training images in the head, and choose the value of transfer.k with the highest validation accuracy.
 
-    If several have it, the one with the lower validation loss is used. A collective: the main process chooses. Adds a
-    sample of the training images to ``sums``; the nearest neighbor of each of them is itself.
+    If several are equal, the one with the lowest validation loss is chosen. A collective: the main process chooses.
+    Adds a sample of the training images to ``sums``; the nearest neighbor of each of them is itself.
     """
     head, x, labels = _head(trainer), split_features(trainer, "train"), split_labels(trainer, "train")
     ks = sorted({min(k, len(x)) for k in trainer.recipe.transfer.k})
@@ -52,7 +52,7 @@ def refit_knn_head(trainer: Trainer) -> None:
     splits, head = ("train", "validation"), _head(trainer)
     x = torch.cat([split_features(trainer, split) for split in splits])
     head.use(x, torch.cat([split_labels(trainer, split) for split in splits]), head.k)
-    trainer.display.log(f"{head.k} nearest of {len(x):,} images of training and validation")
+    trainer.display.log(f"{head.k} nearest of {len(x):,} training and validation images")
 
 
 @torch.no_grad()

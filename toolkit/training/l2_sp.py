@@ -2,7 +2,7 @@
 
 The loss gets the term alpha / 2 * ||w - w0||^2, where w0 are the values before training. Its gradient alpha * (w - w0)
 is added once per step, to the gradients that are already summed over processes and accumulation steps. It is thus part
-of the loss for every optimizer, also for those whose weight decay is decoupled, and clipped together with the rest.
+of the loss for every optimizer, including those whose weight decay is decoupled, and clipped with the rest.
 """
 
 from __future__ import annotations

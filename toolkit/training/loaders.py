@@ -226,7 +226,7 @@ def _compute_teacher(
     guard: Guard,
     features: Features | None,
 ) -> None:
-    """Compute the teacher's outputs for all epochs if they cannot change, else log why not (a collective)."""
+    """Compute the teacher's outputs once if they are the same in all epochs, else log why not (a collective)."""
     teacher.computed = None  # mode "lp_ft" builds loaders for each phase
     reason = "caching is off" if cache is None else why_not_computed_once(setup)
     if cache is not None and not reason:
@@ -237,7 +237,7 @@ def _compute_teacher(
         return
     setup.display.log(f"the teacher's outputs are computed for each batch: {reason}")
     if features is not None:  # the student's inputs are features, from which the teacher cannot compute anything
-        raise UserError(f'the outputs of the teacher cannot be kept: {reason}; set data.cache = "off"')
+        raise UserError(f'the outputs of the teacher cannot be computed once: {reason}; set data.cache = "off"')
 
 
 def _plan(setup: TrainingContext) -> SamplingPlan:

@@ -54,14 +54,16 @@ def refit_logistic_head(trainer: Trainer) -> None:
         _warn(trainer, [strength], converged)
         fitted = weights[0].cpu(), biases[0].cpu()
     _set(head, *broadcast_object(fitted))
-    trainer.display.log(f"logistic regression on {len(x):,} images of training and validation: C = {strength:g}")
+    trainer.display.log(f"logistic regression on {len(x):,} training and validation images: C = {strength:g}")
 
 
 def split_features(trainer: Trainer, split: str) -> Tensor:
     """Return the features of a split from the cache, [N, D] (a collective)."""
     features = trainer.loaders.features
-    if features is None:  # found before the run began, unless the free memory has changed since
-        raise UserError(f'transfer.mode = "{trainer.recipe.transfer.mode}" needs cached features; the log says why not')
+    if features is None:  # checked before the run began, but free memory may have changed since
+        raise UserError(
+            f'transfer.mode = "{trainer.recipe.transfer.mode}" needs cached features; the log says why there are none'
+        )
     return features.rows(split)[0].flatten(1)
 
 

@@ -1,6 +1,6 @@
 """transfer.mode = "lp_ft" (Kumar et al. 2022, arXiv:2202.10054): a linear probe, then fine-tuning from its head.
 
-The two phases are trained as two runs would be: each has its own optimizer, learning rate, weight average and batches.
+The two phases are like two runs: each has its own optimizer, learning rate, weight average and batches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from toolkit.training.context import TrainingContext
 
 
 def setup_of_phase(setup: TrainingContext, epochs_begun: int) -> TrainingContext:
-    """Return the setup of the phase that a run is in: without random augmentation in the probe, else ``setup``.
+    """Return the setup of the current phase: ``setup`` without random augmentation in the probe, else ``setup``.
 
     ``epochs_begun``: completed epochs, plus one if an epoch is in progress.
     """

@@ -69,7 +69,7 @@ def scheduled_rate(
 
 
 def in_epochs(table: SchedulerConfig, length: RunLength) -> SchedulerConfig:
-    """Return the schedule with ``warmup_epochs`` in place of ``warmup_steps``, if it has these."""
+    """Return the schedule with ``warmup_steps``, if set, converted to ``warmup_epochs``."""
     if table.warmup_steps is None:
         return table
     warmup = table.warmup_steps / length.steps_per_epoch

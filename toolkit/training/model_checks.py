@@ -1,4 +1,4 @@
-"""Checks of the model before training: gradients, logits that depend on the batch, and what a fit on features needs."""
+"""Checks of the model before training: gradients, logits that depend on the batch, conditions of a fit on features."""
 
 from __future__ import annotations
 

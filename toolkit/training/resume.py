@@ -106,7 +106,7 @@ class Resumption:
     def compare_teacher(self, now: dict[str, Any] | None) -> None:
         """Raise UserError if the teacher of [distillation] has other weights than before, unless changes are allowed.
 
-        ``now``: :attr:`toolkit.training.distillation.Teacher.record`, without which there is no teacher.
+        ``now``: :attr:`toolkit.training.distillation.Teacher.record`; None without a teacher.
         """
         before = self.checkpoint.get("teacher")
         if now is None or before is None or all(before.get(key) == now[key] for key in now if key != "teacher"):

@@ -24,8 +24,8 @@ ETA = 0.01
 def at_worst_neighbor(module: nn.Module, radius: float, *, adaptive: bool) -> Iterator[None]:
     """Move the parameters that have a gradient to w + e in this context, and set their gradients to None.
 
-    The caller computes the gradients at w + e. At the end the weights are w again, and all buffers (batch norm
-    statistics) have the values that they had at the start, bit for bit.
+    The caller computes the gradients at w + e. On leaving the context, the weights are w again, and all buffers (batch
+    norm statistics) are restored exactly.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
     weights = [parameter.detach().clone() for parameter in parameters]

@@ -130,7 +130,7 @@ def restore_model(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def _check_length(trainer: Trainer, before: dict[str, int] | None) -> None:
-    """Raise UserError if the length was changed in a way that the steps already trained do not allow.
+    """Raise UserError if the length of a run was changed although the completed steps do not allow it.
 
     ``before``: the length with which the checkpoint was written; None in checkpoints of earlier versions.
     """
@@ -139,8 +139,8 @@ def _check_length(trainer: Trainer, before: dict[str, int] | None) -> None:
         return
     if RunLength(**before).steps_until(progress.epoch) < progress.epoch * before["steps_per_epoch"]:
         raise UserError(
-            f"the run has ended after {before['steps']} steps, within an epoch, so it cannot be made longer or "
-            "shorter: restore its length, or start a new run"
+            f"the run has ended after {before['steps']} steps, within an epoch, so its length cannot be changed: "
+            "restore it, or start a new run"
         )
     if progress.step > length.steps_in(progress.epoch):
         done = progress.epoch * length.steps_per_epoch + progress.step

@@ -332,7 +332,7 @@ Task = SingleLabel | MultiLabel
 
 
 def _temperature_entry(temperature: float) -> dict[str, Any]:
-    """Return the entry of a temperature in model.json; none without temperature scaling."""
+    """Return the entries of model.json for a temperature; none without temperature scaling."""
     return {} if temperature == 1 else {"temperature": temperature}
 
 

@@ -166,7 +166,7 @@ class TrainStepConfig:
     example_weights: Tensor | None = None
     """Weight of the loss of each training image, float32 [N]; None: all 1."""
     first_epoch: int = 0
-    """Epoch, from 0, at which the updates of the EMA are counted from: that of fine-tuning with mode "lp_ft"."""
+    """Epoch, from 0, from which updates of the EMA are counted: with mode "lp_ft" the first one of fine-tuning."""
     has_unkeyed_randomness: bool = False
     """Whether the model draws random numbers outside its dropout layers."""
     sam_radius: float | None = None

@@ -208,7 +208,7 @@ def load_model(path: str | os.PathLike[str], *, model: Object | None = None) -> 
             base = built.module.state_dict()
             if frozen_hash(base, state) != card.get("frozen_sha256"):
                 raise UserError(
-                    f"{weights} was trained on other pretrained weights than model.weights = {table.weights!r} are here"
+                    f"{weights} was not trained on the pretrained weights that model.weights = {table.weights!r} loads"
                 )
             state = base | state
         load_state(built.module, state)

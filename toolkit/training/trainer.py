@@ -109,7 +109,9 @@ class Trainer:
                 choose_best_again(self)
             if self.recipe.transfer.wise and self.progress.epochs_begun > self.recipe.transfer.epochs_of_probe:
                 assert run is not None
-                load_weights(run.probed_weights)  # it must be intact at the end of the run
+                load_weights(
+                    run.probed_weights
+                )  # raises an error now if it is damaged, because the end of the run needs it
             self.display.log(f"resuming after epoch {self.progress.epoch}, step {self.progress.step}")
         self.writer.begin(self.progress.metrics_bytes, self.display.log)
 
@@ -129,7 +131,7 @@ class Trainer:
         self.loaders.close()
         step = self.train_step
         self.accelerator.unwrap_model(step.wrapped, keep_fp32_wrapper=False)
-        step.wrapped = step.network  # the last reference to DDP's hooks, which must not remain on the head
+        step.wrapped = step.network  # removes the last reference to DDP, whose hooks must not remain on the head
         self.accelerator.free_memory()
         if self.recipe.transfer.wise:
             self._written(self._write_probed_weights, "the weights after the probe could not be written", must=True)

@@ -18,7 +18,7 @@ from toolkit.recipe.schema import AugmentConfig, ModelConfig
 IMAGES = 5000
 """Maximum number of training images whose patches are used."""
 EPS = 5e-4
-"""Added to the eigenvalues, so that patches' smallest components are not amplified without bound."""
+"""Constant added to the eigenvalues, which limits the amplification of the smallest components."""
 
 
 def whitens(table: ModelConfig) -> bool:

@@ -1,7 +1,7 @@
 """transfer.wise: weights between a probed and a fine-tuned model (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903).
 
 The paper interpolates between a zero-shot classifier and the model fine-tuned from it. A classifier with a new head has
-no zero-shot model; the model at the end of lp_ft's probe takes its place, because fine-tuning starts from it, too.
+no zero-shot model; the model at the end of lp_ft's probe replaces it, because fine-tuning starts from it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def interpolated(start: StateDict, end: StateDict, alpha: float) -> StateDict:
 
 
 def choose_interpolation(training: Trainer, end: StateDict) -> tuple[Interpolation, list[dict[str, float]]]:
-    """Return the best of transfer.wise on validation by train.best_metric, and alpha and metrics of each.
+    """Return the interpolated weights that are best on validation by train.best_metric, and each alpha's metrics.
 
     A collective. ``end``: the weights after fine-tuning. Batch norm statistics of models in between are computed by a
     pass over the training images. The trainer's model is unchanged afterwards. Raises StopTraining if a stop was
@@ -85,7 +85,7 @@ def _validated(training: Trainer) -> dict[str, float]:
 
 
 def _recompute_statistics(training: Trainer) -> None:
-    """Recompute the statistics of batch norms that are trained; those of frozen ones are the same in both models."""
+    """Recompute the statistics of trained batch norms; those of frozen ones are equal in both models."""
     training.setup.transfer.train_mode()
     layers = _training_norms(training.setup.built.module.modules())
     if not layers:
