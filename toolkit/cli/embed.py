@@ -102,7 +102,7 @@ def embed(
         found = job.embed(job.files(paths) if paths else job.dataset(data, split, data_root))
         if out is not None:
             for file in main_only(accelerator, lambda: write_features(found, out)):
-                log(f"{file}: features of {len(found.paths)} images, {found.features.shape[1]} each")
+                log(f"{file}: {found.features.shape[1]} features of each of {len(found.paths)} images")
         if neighbors is not None:
             others = job.embed(job.files(query) if query else job.dataset(None, "train", data_root))
             images, among = (others, found) if query else (found, others)

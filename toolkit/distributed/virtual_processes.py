@@ -111,7 +111,7 @@ class VirtualProcesses:
 
     @torch.no_grad()
     def end(self, index: int) -> None:
-        """Call after the backward pass of virtual process ``index``; moves its gradients into the sum."""
+        """Call after the backward pass of virtual process ``index``: adds its gradients to the sum and clears them."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters()]
         self.sum.add(index, [*gradients, *(buffer.clone() for buffer in self._statistics())])
         self.module.zero_grad(set_to_none=True)

@@ -124,7 +124,7 @@ def _predicted(
     workers: int | None,
     with_features: bool = False,
 ) -> tuple[list[str | Decoded], Predictions]:
-    """Return all images, with those of folders in place of the folders, and their predictions. Collective."""
+    """Return all images, with folders replaced by their images, and their predictions. Collective."""
     for name, value, least in (("top_k", top_k, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
         if value is not None and value < least:
             raise UserError(f"{name} is {value}: it must be at least {least}")

@@ -67,11 +67,11 @@ class NearestNeighbors(nn.Module):
         return [each / each.sum(1, keepdim=True) for each in counted]
 
     def get_extra_state(self) -> Tensor:
-        """Return k, which belongs to the state dict."""
+        """Return k, to be stored in the state dict."""
         return torch.tensor(self.k)
 
     def set_extra_state(self, state: Any) -> None:
-        """Set k."""
+        """Set k from the state dict."""
         self.k = int(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:

@@ -49,7 +49,7 @@ class Row:
     validation: dict[str, float] = field(default_factory=dict)
     """Highest validation accuracy of each kind of head, 0..1."""
     val_accuracy: float = 0.0
-    """That of the chosen head."""
+    """Validation accuracy of the chosen head."""
     val_loss: float = 0.0
     correct: int = 0
     """Number of correctly classified test images."""

@@ -25,7 +25,7 @@ def results_text(rows: Sequence[Row]) -> str:
 
 
 def write_results(folder: Path, data: ProbedData, rows: Sequence[Row]) -> list[Path]:
-    """Write the page, the results as JSON and the first row's recipe; return their paths. UserError if that fails."""
+    """Write page, JSON and the first row's recipe; return their paths. Raises UserError if one cannot be written."""
     page = HtmlTable(
         HEAD,
         [HtmlRow(_cells(row)) for row in rows if not row.failure],

@@ -21,7 +21,7 @@ from toolkit.writing import write_atomically
 
 @dataclass(frozen=True)
 class L2SP:
-    """The penalty on pairs of a parameter and its value before training."""
+    """The L2-SP penalty of parameters, each given with its value before training."""
 
     alpha: float
     pairs: list[tuple[nn.Parameter, Tensor]]
