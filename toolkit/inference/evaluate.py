@@ -88,7 +88,7 @@ class ReevaluationReport:
 
     @property
     def best(self) -> dict[str, float]:
-        """Metrics of the best model with its temperature, if it is calibrated; names without the prefix of the split."""
+        """Metrics of the best model with its temperature, if it is calibrated, without the prefix of the split."""
         prefix = PREFIXES.get(self.split, f"{self.split}_")
         models = [each.model for each in self.metrics if each.model != "last"]
         return {each.name.removeprefix(prefix): each.evaluated for each in self.metrics if each.model == models[-1]}

@@ -177,7 +177,7 @@ def _trains_by_mode(built: ModelBundle, table: TransferConfig, name: str) -> boo
 
 
 def is_pretrained(built: ModelBundle, name: str) -> bool:
-    """Return whether a parameter of a pretrained model has pretrained values: not in a new head or first convolution."""
+    """Return whether a pretrained model's parameter has pretrained values: not in a new head or first convolution."""
     return not is_under(name, [*built.heads, *([built.new_stem] if built.new_stem else [])])
 
 
