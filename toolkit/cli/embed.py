@@ -12,7 +12,7 @@ import typer
 
 from toolkit.cli.errors import command
 from toolkit.cli.inference import log, run_settings
-from toolkit.cli.options import AsJson, DataRoot, ModelPath, output
+from toolkit.cli.options import AsJson, BatchSize, DataRoot, ImagePaths, ModelPath, Workers, output
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError
 
 if TYPE_CHECKING:
@@ -26,12 +26,7 @@ if TYPE_CHECKING:
 @command
 def embed(
     run: ModelPath,
-    paths: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="PATH", help="Images, folders, @LIST (a text file with one path per line), - for stdin."
-        ),
-    ] = None,
+    paths: ImagePaths = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -61,13 +56,8 @@ def embed(
         typer.Option(metavar="PATH", help="With --neighbors: find the neighbors of this image among the given images."),
     ] = None,
     data_root: DataRoot = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Batch size per process. Default: the run's own, or 64.")
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="N", help="Data loader workers. Default: the available CPUs minus one."),
-    ] = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
     as_json: AsJson = False,
 ) -> int:
     """Write the features of images, or find their nearest neighbors.

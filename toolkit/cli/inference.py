@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, DataRoot, ModelPath, RunPath, Tta, output
+from toolkit.cli.options import AsJson, BatchSize, DataRoot, ImagePaths, ModelPath, RunPath, Tta, Workers, output
 from toolkit.error_handling import is_first_process
 from toolkit.errors import EXIT_FAILURE, EXIT_OK, UserError, missing_package
 from toolkit.filenames import escape_control_characters
@@ -115,12 +115,7 @@ def evaluate(
 @command
 def predict(
     run: ModelPath,
-    paths: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="PATH", help="Images, folders, @LIST (a text file with one path per line), - for stdin."
-        ),
-    ] = None,
+    paths: ImagePaths = None,
     list_: Annotated[
         list[Path] | None,
         typer.Option("--list", metavar="FILE", help="Text file with one path per line; the same as @FILE."),
@@ -143,14 +138,8 @@ def predict(
         Path | None, typer.Option("-o", "--out", metavar="FILE", parser=output, help="Output file. Default: stdout.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Batch size per process. Default: the run's own, or 64."),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="N", help="Data loader workers. Default: the available CPUs minus one."),
-    ] = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
     tta: Tta = None,
 ) -> int:
     """Predict images with a run's best model.

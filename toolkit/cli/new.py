@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, check_output, output
+from toolkit.cli.options import AsJson, DataSettings, check_output, output
 from toolkit.errors import UserError
 
 
@@ -38,12 +38,7 @@ def new(
     processes: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Training processes. Default: one for each GPU.")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="DATA.KEY=VALUE", help="Key of [data] that says how the data are read; the value is TOML."
-        ),
-    ] = None,
+    set_: DataSettings = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     as_json: AsJson = False,
 ) -> None:

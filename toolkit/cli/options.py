@@ -111,6 +111,20 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Folder of the images, if they are no longer in the recipe's data.root."),
 ]
+ImagePaths = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="PATH", help="Images, folders, @LIST (a text file with one path per line), - for stdin."),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Batch size per process. Default: the run's own, or 64.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Data loader workers. Default: the available CPUs minus one.")
+]
+DataSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="DATA.KEY=VALUE", help="Set a key of [data], such as data.root; the value is TOML."),
+]
 Tta = Annotated[
     list[str] | None,
     typer.Option(

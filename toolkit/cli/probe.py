@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.errors import command
-from toolkit.cli.options import AsJson, output
+from toolkit.cli.options import AsJson, DataSettings, output
 from toolkit.errors import UserError
 
 
@@ -37,12 +37,7 @@ def probe(
         Path | None,
         typer.Option("-o", "--out", metavar="FOLDER", parser=output, help="Default: probe/NAME."),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="DATA.KEY=VALUE", help="Set a key of [data], such as data.root; the value is TOML."
-        ),
-    ] = None,
+    set_: DataSettings = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare pretrained backbones on data.
