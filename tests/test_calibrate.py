@@ -175,7 +175,9 @@ def test_removing_the_temperature_restores_the_model_and_calibrating_again_gives
     assert not (run.path / "calibration.json").exists()
 
 
-@pytest.mark.parametrize("style", [pytest.param("onnx", marks=pytest.mark.extended), "torch-export", "safetensors"])
+@pytest.mark.parametrize(
+    "style", [*(pytest.param(name, marks=pytest.mark.extended) for name in ("onnx", "torch-export")), "safetensors"]
+)
 def test_exported_models_contain_the_division(run: Run, style: str, tmp_path: Path) -> None:
     toolkit("calibrate", run.path)
     images, trained, folder = inputs_of(run), load_model(run.path), tmp_path / style

@@ -186,7 +186,7 @@ def test_after_one_step_biases_with_a_rate_of_their_own_have_moved_so_many_times
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.extended)])
 def test_a_run_killed_in_its_last_partial_epoch_gives_the_same_bytes(tmp_path: Path, world: int) -> None:
     groups = 'optimizer.groups=[{ pattern = "*.bias", lr_scale = 4.0, weight_decay = 0.0 }]'
     settings = (*EMA, "--set", "train.steps=17", "--set", "checkpoint.every_steps=1", "--set", groups)

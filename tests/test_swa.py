@@ -186,6 +186,7 @@ def trained_on_processes(root: Path) -> dict[str, Any]:
     return {"epochs": run.epoch_records(), "weights": {n: t.numpy() for n, t in load_weights(run.best_weights).items()}}
 
 
+@pytest.mark.extended
 def test_the_number_of_processes_does_not_change_the_average(tmp_path: Path) -> None:
     one, two = (launch(world, trained_on_processes, tmp_path / str(world))[0] for world in (1, 2))
     for found, expected in zip(two["epochs"], one["epochs"], strict=True):

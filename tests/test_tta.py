@@ -192,7 +192,7 @@ def test_calibration_and_augmentation_combine(run: Run) -> None:
     [
         pytest.param("onnx", ["five_crop", "flip"], marks=pytest.mark.extended),
         pytest.param("torch-export", ["five_crop", "scales=1,1.25"], marks=pytest.mark.extended),
-        ("torch-export", ["flip"]),
+        pytest.param("torch-export", ["flip"], marks=pytest.mark.extended),
         ("safetensors", ["five_crop", "scales=1,1.25", "flip"]),
     ],
 )

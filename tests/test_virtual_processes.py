@@ -159,5 +159,6 @@ def test_too_many_processes_and_batches_that_cannot_be_divided_are_refused(tmp_p
         found = toolkit("train", str(recipe), *itertools.chain(*(["--set", one] for one in settings)))
         assert (found.status, message in found.stderr) == (2, True), found.stderr
     trainers = Trainers(3, tmp_path, recipe, "--set", "train.virtual_processes=2")
-    assert trainers.wait() == [2] * 3
+    statuses = trainers.wait()  # a process that ends after the others have failed may have status 1
+    assert (2 in statuses, 0 in statuses) == (True, False)
     assert "train.virtual_processes = 2 is less than the number of processes, 3: start at most 2" in trainers.text()
