@@ -66,7 +66,7 @@ def test_a_toml_syntax_error_is_reported_with_its_position(tmp_path: Path) -> No
         ('data.dataset="caltech_101"', ["caltech_101", "caltech101"]),
         ('augment.train=[{ name = "RandomHorizontlFlip" }]', ["RandomHorizontlFlip", "RandomHorizontalFlip"]),
         ('optimizer.name="adamww"', ["adamww", "adamw"]),
-        ('train.epochs="ten"', ["train.epochs", "whole number"]),
+        ('train.epochs="ten"', ["train.epochs", "a number > 0"]),
         ('augment.train=[{ name = "RandomRotation", degree = 10 }]', ["degree", "degrees"]),
         ('augment.train=[{ name = "RandomRotation" }]', ["degrees"]),
         ('model={ source = "torchvision", name = "resnet50", weights = "IMAGENET1K_V3" }', ["IMAGENET1K_V2"]),

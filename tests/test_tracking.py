@@ -179,7 +179,7 @@ def test_a_tracker_whose_package_is_missing_is_an_error_that_names_what_to_insta
 def mlflow_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Train one epoch on two processes, into a database in the run directory."""
     folder = tmp_path_factory.mktemp("mlflow")
-    settings = ("train.epochs=1", "train.ema=0.5", "scheduler.warmup_epochs=0.5",
+    settings = ("train.epochs=1", "train.ema=0.5", "train.ema_steps=1", "scheduler.warmup_epochs=0.5",
                 'tracking.project="digits"', 'tracking.tags=["a", "b"]', 'tracking.notes="a note"')  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

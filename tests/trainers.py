@@ -114,7 +114,7 @@ lora_rank = 2
 lora_alpha = 1.0
 """
 
-EMA = ("--set", "train.ema=0.9", "--set", "train.ema_steps=2", "--set", "train.max_grad_norm=1.0",
+EMA = ("--set", "train.ema=0.8", "--set", "train.ema_steps=2", "--set", "train.max_grad_norm=1.0",
        "--set", 'train.best_metric="val/loss"')  # fmt: skip
 """Settings for STATEFUL."""
 
