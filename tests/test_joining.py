@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -266,8 +267,9 @@ def test_processes_that_torchrun_starts_again_join_although_its_store_has_the_ke
 @pytest.mark.extended
 def test_torchrun_starts_all_processes_again_after_one_was_killed(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, STATEFUL)
-    command = ["torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=1"]
-    arguments = [*command, "-m", "toolkit.train", recipe, "--resume", "auto", "--set", "train.epochs=200"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--max-restarts=1", "--monitor-interval=1", "-m", "toolkit.train"]
+    arguments = [*command, recipe, "--resume", "auto", "--set", "train.epochs=200"]
     launcher = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("runs/small/*/checkpoints/0*.json")):
