@@ -269,7 +269,7 @@ def test_torchrun_starts_all_processes_again_after_one_was_killed(tmp_path: Path
     recipe = write_recipe(tmp_path, STATEFUL)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["--max-restarts=1", "--monitor-interval=1", "-m", "toolkit.train"]
-    arguments = [*command, recipe, "--resume", "auto", "--set", "train.epochs=200"]
+    arguments = [*command, recipe, "--resume", "auto", "--set", "train.epochs=60"]
     launcher = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("runs/small/*/checkpoints/0*.json")):
