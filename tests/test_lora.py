@@ -20,8 +20,8 @@ from toolkit.models.build import build_model
 from toolkit.models.lora import add_lora, base_name, is_lora, merge_lora
 from toolkit.models.transfer import apply_transfer, param_groups
 from toolkit.recipe import load_recipe
+from toolkit.recipe.optimizer_schema import ParameterGroup
 from toolkit.recipe.schema import ModelConfig, OptimizerConfig, TransferConfig
-from toolkit.recipe.training_schema import ParameterGroup
 from toolkit.report.run_data import _read_filters
 from toolkit.runs import Run
 from toolkit.training.fit import fit

@@ -18,8 +18,8 @@ from toolkit.errors import UserError
 from toolkit.models.build import ModelBundle
 from toolkit.models.layer_groups import LayerGroup, block_depths, is_under
 from toolkit.models.lora import add_lora, base_name, is_lora
+from toolkit.recipe.optimizer_schema import ParameterGroup
 from toolkit.recipe.schema import OptimizerConfig, TransferConfig
-from toolkit.recipe.training_schema import ParameterGroup
 
 NORMALIZATION_LAYERS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

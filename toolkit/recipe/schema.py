@@ -40,14 +40,9 @@ from toolkit.recipe.data_schema import (
 )
 from toolkit.recipe.distillation_schema import DistillationConfig
 from toolkit.recipe.model_schema import ConvBlock, ConvNetConfig, HeadConfig, ModelConfig, TransferConfig
+from toolkit.recipe.optimizer_schema import OptimizerConfig, SchedulerConfig
 from toolkit.recipe.study_schema import StudyConfig
-from toolkit.recipe.training_schema import (
-    CheckpointConfig,
-    EarlyStoppingConfig,
-    OptimizerConfig,
-    SchedulerConfig,
-    TrainConfig,
-)
+from toolkit.recipe.training_schema import CheckpointConfig, EarlyStoppingConfig, TrainConfig
 
 __all__ = [
     "AugmentConfig",

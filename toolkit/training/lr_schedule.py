@@ -20,9 +20,9 @@ from toolkit.data.sampling import RunLength
 from toolkit.errors import UserError, first_line
 from toolkit.metrics import higher_is_better
 from toolkit.plugins import PREFIX, Plugin, find
+from toolkit.recipe.optimizer_schema import SCHEDULE_KEYS
 from toolkit.recipe.resolve import DECAY_FRACTION, GAMMA
 from toolkit.recipe.schema import Recipe, SchedulerConfig
-from toolkit.recipe.training_schema import SCHEDULE_KEYS
 
 
 def lr_factor(table: SchedulerConfig, epoch: float, epochs: float) -> float:
