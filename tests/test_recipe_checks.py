@@ -351,11 +351,6 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ["transfer.wise=[0.5]", 'transfer.mode="lp_ft"', "transfer.probe_epochs=3"],
     ),
     (
-        "error: transfer.wise: is not possible with train.virtual_processes",
-        ["transfer.wise=[1]", 'transfer.mode="lp_ft"', "transfer.probe_epochs=3", "train.virtual_processes=4"],
-        ['transfer.mode="lp_ft"', "transfer.probe_epochs=3", "train.virtual_processes=4"],
-    ),
-    (
         "error: transfer.wise: choosing among several values needs a validation metric",
         ["transfer.wise=[0.5,1]", 'transfer.mode="lp_ft"', "transfer.probe_epochs=3", 'train.best_metric="last"'],
         ["transfer.wise=[0.5]", 'transfer.mode="lp_ft"', "transfer.probe_epochs=3", 'train.best_metric="last"'],

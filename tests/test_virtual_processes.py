@@ -13,6 +13,7 @@ import pytest
 import torch
 from cli import toolkit
 from distributed import run_on
+from test_lp_ft import LP_FT
 from torch import nn
 from trainers import (
     EMA,
@@ -127,7 +128,9 @@ def kill_in_second_epoch(rank: int) -> None:
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("text", [STATEFUL, FROZEN, GRADUAL], ids=["stateful", "frozen", "gradual"])
+@pytest.mark.parametrize(
+    "text", [STATEFUL, FROZEN, GRADUAL, LP_FT], ids=["stateful", "frozen", "gradual", "lp_ft and wise"]
+)
 def test_variants_have_the_same_bytes_on_one_two_and_four_processes(text: str, tmp_path: Path) -> None:
     settings = (*SETTINGS[:2], *EMA, "--set", "optimizer.sam=0.05")
     expected = same_for_all(uninterrupted(1, text, *settings))

@@ -86,9 +86,6 @@ def _lp_ft(recipe: Recipe) -> Iterator[Issue]:
     if len(table.wise) > 1 and recipe.train.best_metric == "last":
         text = 'choosing among several values needs a validation metric, but train.best_metric is "last"'
         yield error("transfer.wise", text, "train.best_metric", hint="give one value, such as wise = [0.5]")
-    if table.wise and recipe.train.virtual_processes is not None:
-        text = "is not possible with train.virtual_processes: recomputed batch norm depends on the number of processes"
-        yield error("transfer.wise", text, "train.virtual_processes", at="key")
     if recipe.train.grad_accum_steps == "auto":
         text = '"auto" is not possible with transfer.mode = "lp_ft", whose two phases need different memory'
         yield error("train.grad_accum_steps", text, "transfer.mode", hint="give a number")

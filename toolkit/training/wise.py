@@ -6,17 +6,13 @@ no zero-shot model; the model at the end of lp_ft's probe replaces it, because f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
-from toolkit.distributed.batchnorm import average_statistics
 from toolkit.models.pretrained import StateDict
-from toolkit.training.batch_norm_statistics import recompute_batch_norm
 from toolkit.training.checkpoint import load_weights
 from toolkit.training.lr_schedule import epoch_rank
 
@@ -37,7 +33,11 @@ class Interpolation:
 
 
 def interpolated(start: StateDict, end: StateDict, alpha: float) -> StateDict:
-    """Return (1 - alpha) x start + alpha x end, with integers of ``end``; exactly ``start`` for 0, ``end`` for 1."""
+    """Return (1 - alpha) x start + alpha x end, with integers of ``end``; exactly ``start`` for 0, ``end`` for 1.
+
+    Batch norm statistics are interpolated like weights. Those of the training images would not fit the probe's head,
+    which was trained on features normalized by the pretrained statistics: near alpha = 0 accuracy fell by 10 points.
+    """
     if alpha == 0:
         return dict(start)
     return {
@@ -49,9 +49,8 @@ def interpolated(start: StateDict, end: StateDict, alpha: float) -> StateDict:
 def choose_interpolation(training: Trainer, end: StateDict) -> tuple[Interpolation, list[dict[str, float]]]:
     """Return the interpolated weights that are best on validation by train.best_metric, and each alpha's metrics.
 
-    A collective. ``end``: the weights after fine-tuning. Batch norm statistics of models in between are computed by a
-    pass over the training images. The trainer's model is unchanged afterwards. Raises StopTraining if a stop was
-    requested.
+    A collective. ``end``: the weights after fine-tuning. The trainer's model is unchanged afterwards. Raises
+    StopTraining if a stop was requested.
     """
     assert training.run is not None
     module, best_metric = training.setup.built.module, training.recipe.train.best_metric
@@ -62,8 +61,6 @@ def choose_interpolation(training: Trainer, end: StateDict) -> tuple[Interpolati
     try:
         for alpha in training.recipe.transfer.wise:
             module.load_state_dict(interpolated(start, end, alpha))
-            if 0 < alpha < 1:
-                _recompute_statistics(training)
             validation = _validated(training)
             table.append({"alpha": alpha, **{key.replace("/", "_"): value for key, value in validation.items()}})
             shown = [f", {key} {validation[key]:.4f}" for key in ("val/loss", "val/accuracy") if key in validation]
@@ -82,21 +79,6 @@ def _validated(training: Trainer) -> dict[str, float]:
         return {}
     result = training.evaluate_network(training.train_step.network, "validation")
     return training.setup.task.with_thresholds_of(result).metrics(result, "val/")
-
-
-def _recompute_statistics(training: Trainer) -> None:
-    """Recompute the statistics of trained batch norms; those of frozen ones are equal in both models."""
-    training.setup.transfer.train_mode()
-    layers = _training_norms(training.setup.built.module.modules())
-    if not layers:
-        return
-    recompute_batch_norm(training, training.progress.epoch - 1, layers)
-    if training.accelerator.num_processes > 1 and not training.recipe.train.sync_batch_norm:
-        average_statistics(training.setup.built.module)
-
-
-def _training_norms(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    return [layer for layer in layers if isinstance(layer, _BatchNorm) and layer.training]
 
 
 def _copy(state: dict[str, Any]) -> dict[str, Tensor]:
